@@ -1,0 +1,168 @@
+"""Causal self-attention and its key/value cache.
+
+Every position asks a question (query), offers a label (key) and carries a message (value).
+A position reads the messages of the positions up to its own, weighted by how well their keys
+answer its query; H heads do this side by side, each in a space of width K = D / H.
+Attention is the only place in the model where positions talk to each other.
+
+Section 2.3 of the GPT-2 paper, section 3.2 of Vaswani et al., 2017.
+Shapes: B batch, T sequence, S keys, D width, H heads, K head width.
+"""
+
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.linear import Linear
+from gpt2_jax.precision import einsum
+
+Implementation = Literal["plain", "cudnn"]
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, [B, H, S, K] each; slots not yet written hold zeros."""
+
+    k_BHSK: jax.Array
+    v_BHSK: jax.Array
+
+
+class KVCache(NamedTuple):
+    """What generation remembers of the tokens before: one `LayerCache` a layer.
+
+    `length_B` counts the positions already written in each row, so rows may differ in length.
+    """
+
+    layers: tuple[LayerCache, ...]
+    length_B: jax.Array
+
+
+def empty_cache(config: GPT2Config, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
+    """Returns a cache for `batch` rows of up to `slots` positions, nothing written yet."""
+    shape = (batch, config.n_head, slots, config.head_width)
+    layers = tuple(
+        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layer)
+    )
+    return KVCache(layers, jnp.zeros(batch, jnp.int32))
+
+
+def choose_implementation(platform: str, dtype: DTypeLike, head_width: int) -> Implementation:
+    """Picks the attention to use: cuDNN's flash attention for 16 bits on a GPU, else plain.
+
+    cuDNN takes head widths that are multiples of 8 up to 128.
+    """
+    sixteen_bit = jnp.dtype(dtype).itemsize == 2
+    fits_cudnn = head_width % 8 == 0 and head_width <= 128
+    return "cudnn" if platform == "gpu" and sixteen_bit and fits_cudnn else "plain"
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which position t sees positions 0..t."""
+
+    config: GPT2Config
+    dtype: DTypeLike
+    implementation: Implementation | None = None
+
+    def setup(self) -> None:
+        config = self.config
+        stddev = config.initializer_range
+        # Each block adds two branches to the residual stream. Scaling their last matrices by
+        # 1/sqrt(2L) keeps the stream's variance independent of depth (GPT-2 paper, 2.3).
+        self.c_attn = Linear(3 * config.n_embd, stddev, self.dtype)
+        self.c_proj = Linear(config.n_embd, stddev / (2 * config.n_layer) ** 0.5, self.dtype)
+        self.attn_dropout = nn.Dropout(config.attn_pdrop)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        cache: LayerCache | None = None,
+        start_B: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Mixes positions.
+
+        Args:
+          x_BTD: normalised residual stream.
+          cache: earlier keys and values; None attends within x alone.
+          start_B: position of x's first token in each row; needed with a cache.
+          deterministic: False applies dropout (rng "dropout").
+
+        Returns:
+          The branch's output [B, T, D] and the cache with x's keys and values written.
+        """
+        B, T, D = x_BTD.shape
+        heads = (B, T, self.config.n_head, self.config.head_width)
+        # Heads before positions: each head's product is then one contiguous matrix product.
+        q_BHTK, k_BHTK, v_BHTK = (
+            part_BTD.reshape(heads).swapaxes(1, 2)
+            for part_BTD in jnp.split(self.c_attn(x_BTD), 3, axis=-1)
+        )
+        # Sown values are kept only when a caller asks for "intermediates", as parity/ does.
+        for name, part_BHTK in (("q", q_BHTK), ("k", k_BHTK), ("v", v_BHTK)):
+            self.sow("intermediates", name, part_BHTK)
+        if cache is not None:
+            assert start_B is not None
+            cache = LayerCache(
+                _write(cache.k_BHSK, k_BHTK, start_B), _write(cache.v_BHSK, v_BHTK, start_B)
+            )
+            y_BHTK = self._plain(q_BHTK, *cache, start_B, deterministic)
+        elif self._use_cudnn(deterministic):
+            y_BHTK = _cudnn(q_BHTK, k_BHTK, v_BHTK)
+        else:
+            start_1 = jnp.zeros(1, jnp.int32)  # one mask serves every row
+            y_BHTK = self._plain(q_BHTK, k_BHTK, v_BHTK, start_1, deterministic)
+        y_BTD = y_BHTK.swapaxes(1, 2).reshape(B, T, D)
+        self.sow("intermediates", "mixed", y_BTD)
+        y_BTD = self.c_proj(y_BTD)
+        return self.resid_dropout(y_BTD, deterministic=deterministic), cache
+
+    def _use_cudnn(self, deterministic: bool) -> bool:
+        implementation = self.implementation or choose_implementation(
+            jax.default_backend(), self.dtype, self.config.head_width
+        )
+        drops_probabilities = self.config.attn_pdrop > 0 and not deterministic
+        return implementation == "cudnn" and not drops_probabilities
+
+    def _plain(
+        self,
+        q_BHTK: jax.Array,
+        k_BHSK: jax.Array,
+        v_BHSK: jax.Array,
+        start_B: jax.Array,
+        deterministic: bool,
+    ) -> jax.Array:
+        """softmax(q k^T / sqrt(K)) v over the keys at or before each query: [B, H, T, K]."""
+        T, S = q_BHTK.shape[2], k_BHSK.shape[2]
+        scores_BHTS = einsum("BHTK,BHSK->BHTS", q_BHTK, k_BHSK, self.dtype)
+        scores_BHTS *= self.config.head_width**-0.5
+        query_position_BT = start_B[:, None] + jnp.arange(T)[None, :]
+        visible_BTS = jnp.arange(S)[None, None, :] <= query_position_BT[:, :, None]
+        scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, -jnp.inf)
+        self.sow("intermediates", "scores", scores_BHTS)
+        att_BHTS = jax.nn.softmax(scores_BHTS, axis=-1)
+        self.sow("intermediates", "probabilities", att_BHTS)
+        att_BHTS = self.attn_dropout(att_BHTS, deterministic=deterministic)
+        return einsum("BHTS,BHSK->BHTK", att_BHTS, v_BHSK, self.dtype).astype(self.dtype)
+
+
+def _cudnn(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array) -> jax.Array:
+    """The same by cuDNN's flash attention, which never holds the [T, T] scores in memory."""
+    q_BTHK, k_BTHK, v_BTHK = (x_BHTK.swapaxes(1, 2) for x_BHTK in (q_BHTK, k_BHTK, v_BHTK))
+    y_BTHK = jax.nn.dot_product_attention(
+        q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"
+    )
+    return y_BTHK.swapaxes(1, 2)
+
+
+def _write(cache_BHSK: jax.Array, new_BHTK: jax.Array, start_B: jax.Array) -> jax.Array:
+    """Writes T new positions into the slots from `start` on, each row at its own place."""
+
+    def write_row(cache_HSK: jax.Array, new_HTK: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(cache_HSK, new_HTK, (0, start, 0))
+
+    return jax.vmap(write_row)(cache_BHSK, new_BHTK, start_B)

@@ -1,0 +1,83 @@
+"""One transformer block: attention, then an MLP, each a branch off the residual stream.
+
+The stream runs straight through; a branch reads a normalised copy of it and adds what it
+found ("pre-norm", section 2.3 of the GPT-2 paper). That leaves a path for the gradient from
+the loss to every layer with nothing but additions on it.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from gpt2_jax.attention import CausalSelfAttention, Implementation, LayerCache
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.linear import Linear
+
+# Named as Hugging Face names them. GPT-2's own is gelu_new, the tanh approximation
+# x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) of Hendrycks & Gimpel, 2016.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def layer_norm(config: GPT2Config, dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
+    """Layer norm over the width; mean and variance in float32, by the exact two-pass formula."""
+    return nn.LayerNorm(
+        epsilon=config.layer_norm_epsilon, dtype=dtype, use_fast_variance=False, name=name
+    )
+
+
+class MLP(nn.Module):
+    """Two linear layers with a nonlinearity between: each position thinks by itself."""
+
+    config: GPT2Config
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        config = self.config
+        stddev = config.initializer_range
+        self.c_fc = Linear(config.mlp_width, stddev, self.dtype)
+        self.c_proj = Linear(config.n_embd, stddev / (2 * config.n_layer) ** 0.5, self.dtype)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def __call__(self, x_BTD: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Maps [B, T, D] to the branch's output [B, T, D]."""
+        hidden_BTF = ACTIVATIONS[self.config.activation_function](self.c_fc(x_BTD))
+        self.sow("intermediates", "activation", hidden_BTF)
+        return self.dropout(self.c_proj(hidden_BTF), deterministic=deterministic)
+
+
+class Block(nn.Module):
+    """x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    config: GPT2Config
+    dtype: DTypeLike
+    implementation: Implementation | None = None
+
+    def setup(self) -> None:
+        self.ln_1 = layer_norm(self.config, self.dtype)
+        self.attn = CausalSelfAttention(self.config, self.dtype, self.implementation)
+        self.ln_2 = layer_norm(self.config, self.dtype)
+        self.mlp = MLP(self.config, self.dtype)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        cache: LayerCache | None = None,
+        start_B: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Arguments and results as for `CausalSelfAttention`."""
+        branch_BTD, cache = self.attn(self.ln_1(x_BTD), cache, start_B, deterministic=deterministic)
+        x_BTD = x_BTD + branch_BTD
+        x_BTD = x_BTD + self.mlp(self.ln_2(x_BTD), deterministic=deterministic)
+        return x_BTD, cache

@@ -1,0 +1,112 @@
+"""What every script does at its door: read typed flags, and tell mistakes in one line."""
+
+import contextlib
+import difflib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import tyro
+import tyro.extras
+
+from gpt2_jax.errors import UserError
+
+Flags = TypeVar("Flags")
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a script's main function and exits with its status.
+
+    A `UserError` is printed on one line of stderr and exits with 2; an interrupt exits with
+    130, a reader that closed the pipe with 141. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        # Python flushes stdout again on its way out; let that write go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)
+
+
+def parse_flags(
+    flags_type: type[Flags],
+    args: Sequence[str] | None = None,
+    *,
+    default: Flags | None = None,
+    description: str | None = None,
+) -> Flags:
+    """Reads command-line flags into a frozen dataclass; `--help` prints them and exits 0.
+
+    Args:
+      flags_type: dataclass whose fields are the flags, nested ones dotted (`--data.path`).
+      args: the arguments; None means `sys.argv[1:]`.
+      default: values for flags not given; None means the fields' own defaults.
+      description: text above the flags in `--help`.
+
+    Raises:
+      UserError: for an unknown flag (the nearest known one is suggested) or a bad value.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            flags, unknown = tyro.cli(
+                flags_type,
+                args=args,
+                default=default,
+                description=description,
+                return_unknown_args=True,
+                use_underscores=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_first_sentence(complaint.getvalue())) from None
+    if unknown:
+        parser = tyro.extras.get_parser(flags_type, default=default, use_underscores=True)
+        known = re.findall(r"--([a-z][\w.]*)", parser.format_help())
+        raise UserError(_unknown_flag(unknown[0], known))
+    return flags
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like a misspelt one, whole or by its last dotted part; None if far."""
+
+    def similarity(candidate: str) -> float:
+        parts = (name, candidate), (name.split(".")[-1], candidate.split(".")[-1])
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in parts)
+
+    best = max(known, key=similarity, default=None)
+    return best if best is not None and similarity(best) >= 0.6 else None
+
+
+def _unknown_flag(flag: str, known: Iterable[str]) -> str:
+    if not flag.startswith("-"):
+        return f"unexpected argument {flag!r}; every value needs its --flag, see --help"
+    name = flag.split("=")[0]
+    near = closest(name.lstrip("-").replace("-", "_"), known)
+    suggestion = f"did you mean --{near}?" if near else "--help lists every flag"
+    return f"unknown flag {name}; {suggestion}"
+
+
+def _first_sentence(box: str) -> str:
+    """The message in tyro's framed complaint, without frame, colours and help text."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    rows = [line.strip("│|╭╮╰╯─ ") for line in plain.splitlines()]
+    message: list[str] = []
+    for row in rows[1:]:
+        if not row:
+            break
+        message.append(row)
+    return " ".join(message).rstrip(".") + "; --help lists every flag with its values"

@@ -1,0 +1,141 @@
+"""What a GPT-2 is made of: the hyperparameters of the architecture and the four published sizes.
+
+Field names and defaults are those of Hugging Face's `GPT2Config`, so that a `config.json`
+means the same to both. Table 2 of the GPT-2 paper (Radford et al., 2019, "Language Models are
+Unsupervised Multitask Learners") lists the sizes.
+"""
+
+import dataclasses
+import math
+
+from gpt2_jax.errors import UserError
+
+ACTIVATION_FUNCTIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu", "tanh")
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """Hyperparameters of one GPT-2.
+
+    Raises:
+      UserError: if a value is out of its range, or `n_embd` is not a multiple of `n_head`.
+    """
+
+    vocab_size: int = 50257
+    """number of tokens: 256 bytes + 50,000 BPE merges + <|endoftext|>"""
+    n_positions: int = 1024
+    """context length: the number of learned position embeddings"""
+    n_embd: int = 768
+    """width D of the residual stream"""
+    n_layer: int = 12
+    """number of blocks L"""
+    n_head: int = 12
+    """attention heads H in each block; each has width K = n_embd / n_head"""
+    n_inner: int | None = None
+    """hidden width F of the MLP; None means 4 * n_embd"""
+    activation_function: str = "gelu_new"
+    """nonlinearity of the MLP; gelu_new is GPT-2's tanh approximation of the GELU"""
+    layer_norm_epsilon: float = 1e-5
+    """added to the variance in every layer norm"""
+    initializer_range: float = 0.02
+    """standard deviation of the initial weights"""
+    embd_pdrop: float = 0.1
+    """dropout probability after the embeddings"""
+    attn_pdrop: float = 0.1
+    """dropout probability on the attention probabilities"""
+    resid_pdrop: float = 0.1
+    """dropout probability at the end of each residual branch"""
+    tie_word_embeddings: bool = True
+    """whether the output head is the token embedding itself"""
+    eos_token_id: int | None = 50256
+    """the token that ends a text; None if the vocabulary has none"""
+    pad_vocab_size_multiple: int = 1
+    """round the embedding's rows up to this multiple for speed (64 makes 50257 into 50304)"""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            _check_positive_int(name, getattr(self, name))
+        _check_positive_int("pad_vocab_size_multiple", self.pad_vocab_size_multiple)
+        if self.n_inner is not None:
+            _check_positive_int("n_inner", self.n_inner)
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
+                f"choose sizes that divide"
+            )
+        if self.activation_function not in ACTIVATION_FUNCTIONS:
+            raise UserError(
+                f"activation_function={self.activation_function!r} is not supported; "
+                f"use one of {', '.join(ACTIVATION_FUNCTIONS)}"
+            )
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value < math.inf:
+                raise UserError(f"{name}={value!r} must be a finite number above 0")
+        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < 1:
+                raise UserError(f"{name}={value!r} must be a probability in [0, 1)")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise UserError(
+                f"tie_word_embeddings={self.tie_word_embeddings!r} must be true or false"
+            )
+        if self.eos_token_id is not None and not _is_int(self.eos_token_id):
+            raise UserError(f"eos_token_id={self.eos_token_id!r} must be a token id or null")
+
+    @property
+    def head_width(self) -> int:
+        """K, the width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        """F, the hidden width of the MLP."""
+        return self.n_inner if self.n_inner is not None else 4 * self.n_embd
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: `vocab_size` rounded up to `pad_vocab_size_multiple`."""
+        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trainable parameters, vocabulary padding not counted."""
+        width, hidden = self.n_embd, self.mlp_width
+        layer_norm = 2 * width
+        attention = (width + 1) * 3 * width + (width + 1) * width
+        mlp = (width + 1) * hidden + (hidden + 1) * width
+        tables = self.vocab_size * (1 if self.tie_word_embeddings else 2) + self.n_positions
+        return tables * width + self.n_layer * (2 * layer_norm + attention + mlp) + layer_norm
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_positive_int(name: str, value: object) -> None:
+    if not _is_int(value) or value < 1:  # type: ignore[operator]
+        raise UserError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+SIZES = {
+    "gpt2": GPT2Config(),
+    "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+    "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+    "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+}
+
+
+def config_for_size(name: str) -> GPT2Config:
+    """Returns the configuration of a published size.
+
+    Raises:
+      UserError: if `name` is not one of `SIZES`.
+    """
+    if name not in SIZES:
+        raise UserError(f"unknown model size {name!r}; the sizes are {', '.join(SIZES)}")
+    return SIZES[name]

@@ -1,0 +1,121 @@
+"""GPT-2: token ids in, logits out.
+
+    tokens -> wte[token] + wpe[position] -> h_0 ... h_{L-1} -> ln_f -> logits
+
+The parameter tree is named as Hugging Face names its weights, with "." turned into "_" where a
+number follows, and every array is stored as there; converting is renaming:
+
+    wte/embedding [V, D]               h_0/attn/c_attn/{kernel [D, 3D], bias [3D]}
+    wpe/embedding [n_positions, D]     h_0/attn/c_proj/{kernel [D, D], bias [D]}
+    h_0/ln_1/{scale, bias} [D]         h_0/mlp/c_fc/{kernel [D, F], bias [F]}
+    h_0/ln_2/{scale, bias} [D]         h_0/mlp/c_proj/{kernel [F, D], bias [D]}
+    ln_f/{scale, bias} [D]             lm_head/embedding [V, D], if the head is not tied
+
+Shapes: B batch, T sequence, D width, F MLP width, V vocabulary, L layers.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from gpt2_jax.attention import Implementation, KVCache
+from gpt2_jax.block import Block, layer_norm
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.linear import Embedding
+
+Params = dict[str, Any]
+
+
+class GPT2(nn.Module):
+    """The language model of Radford et al., 2019.
+
+    >>> model = GPT2(GPT2Config())
+    >>> logits_BTV = model.apply({"params": params}, tokens_BT)
+    """
+
+    config: GPT2Config
+    dtype: DTypeLike = jnp.float32
+    """compute dtype, see `gpt2_jax.precision`"""
+    implementation: Implementation | None = None
+    """attention implementation; None chooses by platform and dtype"""
+
+    def setup(self) -> None:
+        config = self.config
+        size, stddev = config.n_embd, config.initializer_range
+        rows, padded = config.vocab_size, config.padded_vocab_size
+        self.wte = Embedding(rows, size, stddev, self.dtype, padded)
+        self.wpe = Embedding(config.n_positions, size, stddev, self.dtype)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = [Block(config, self.dtype, self.implementation) for _ in range(config.n_layer)]
+        self.ln_f = layer_norm(config, self.dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Embedding(rows, size, stddev, self.dtype, padded)
+
+    def __call__(self, tokens_BT: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Predicts the next token at every position.
+
+        Args:
+          tokens_BT: token ids, T at most `config.n_positions`.
+          deterministic: False applies dropout (needs an rng named "dropout").
+
+        Returns:
+          float32 logits [B, T, vocab_size]; the padding of the vocabulary never shows.
+        """
+        x_BTD, _ = self.features(tokens_BT, deterministic=deterministic)
+        return self.logits(x_BTD)
+
+    def features(
+        self, tokens_BT: jax.Array, cache: KVCache | None = None, *, deterministic: bool = True
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs all but the output head.
+
+        With a cache, the tokens are taken to follow those already in it, row by row, and their
+        keys and values are added.
+
+        Returns:
+          The normalised features [B, T, D] and the cache after these tokens.
+
+        Raises:
+          ValueError: if T is more than `config.n_positions`.
+        """
+        T = tokens_BT.shape[1]
+        if self.config.n_positions < T:
+            raise ValueError(f"{T} tokens do not fit n_positions={self.config.n_positions}")
+        start_B = None if cache is None else cache.length_B
+        if start_B is None:
+            positions_BTD = self.wpe.first_rows(T)[None]
+        else:
+            positions_BTD = self.wpe(start_B[:, None] + jnp.arange(T)[None, :])
+        x_BTD = (self.wte(tokens_BT) + positions_BTD).astype(self.dtype)
+        x_BTD = self.drop(x_BTD, deterministic=deterministic)
+        layers = []
+        for i, block in enumerate(self.h):
+            layer = None if cache is None else cache.layers[i]
+            x_BTD, layer = block(x_BTD, layer, start_B, deterministic=deterministic)
+            layers.append(layer)
+        if cache is not None:
+            cache = KVCache(tuple(layers), cache.length_B + T)
+        return self.ln_f(x_BTD), cache
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """The output head: features [B, T, D] to float32 logits [B, T, vocab_size]."""
+        head = self.wte if self.config.tie_word_embeddings else self.lm_head
+        return head.logits(x_BTD)
+
+
+def init_params(config: GPT2Config, key: jax.Array) -> Params:
+    """Draws the initial parameters, all float32, as the GPT-2 paper and its code do.
+
+    Weights are normal with `initializer_range`, those that end a residual branch divided by
+    sqrt(2L); biases are zero, layer norm scales one.
+    """
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    return GPT2(config).init(key, tokens_BT)["params"]
+
+
+def param_shapes(config: GPT2Config) -> Params:
+    """The parameter tree with `jax.ShapeDtypeStruct` leaves: nothing is computed or allocated."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

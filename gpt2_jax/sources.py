@@ -1,0 +1,64 @@
+"""Opens a model wherever it is: pretrained weights, a training run, a Hugging Face directory."""
+
+import json
+from pathlib import Path
+
+from gpt2_jax.config import GPT2Config, config_for_size
+from gpt2_jax.errors import UserError
+from gpt2_jax.interop.pretrained import load_pretrained
+from gpt2_jax.model import Params, param_shapes
+
+PRETRAINED = "pretrained"
+
+
+def load_source(
+    source: str,
+    *,
+    model: str | None = None,
+    weights: str | None = None,
+    revision: str | None = None,
+) -> tuple[Params, GPT2Config]:
+    """Loads parameters and configuration as scripts name them.
+
+    Args:
+      source: "pretrained", a run directory of `scripts/train.py`, or a Hugging Face directory.
+      model: with "pretrained", the size; without `weights` its default is "gpt2".
+      weights: with "pretrained", a local file or directory to read instead of the hub.
+      revision: with "pretrained", branch, tag or commit on the hub.
+
+    Raises:
+      UserError: if the source does not exist or does not hold what it should.
+    """
+    if source == PRETRAINED:
+        config = config_for_size(model) if model is not None else None
+        if weights is None:
+            return load_pretrained(model or "gpt2", revision=revision)
+        return load_pretrained(Path(weights), config=config, revision=revision)
+    for name, value in (("model", model), ("weights", weights), ("revision", revision)):
+        if value is not None:
+            raise UserError(f"--{name} {value} goes with --source pretrained, not with {source}")
+    directory = Path(source)
+    if not directory.is_dir():
+        raise UserError(
+            f"source {source!r} is no directory; give pretrained, a run directory "
+            f"or a Hugging Face directory"
+        )
+    return _load_run(directory) if _is_run(directory) else load_pretrained(directory)
+
+
+def _is_run(directory: Path) -> bool:
+    """Whether config.json is that of a training run, with the architecture under "model"."""
+    try:
+        return "model" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _load_run(run_dir: Path) -> tuple[Params, GPT2Config]:
+    from gpt2_jax.training.checkpoint import Checkpoints
+    from gpt2_jax.training.settings import from_json
+
+    file = run_dir / "config.json"
+    config = from_json(file.read_text(encoding="utf-8"), str(file)).model
+    with Checkpoints(run_dir) as checkpoints:
+        return checkpoints.restore_params(param_shapes(config)), config

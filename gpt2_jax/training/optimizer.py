@@ -1,0 +1,48 @@
+"""AdamW, gradient clipping and the learning-rate schedule, all from Optax."""
+
+import jax
+import optax
+
+from gpt2_jax.model import Params
+from gpt2_jax.training.settings import OptimizerSettings
+
+
+def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
+    """Linear warm-up, then half a cosine: build-nanogpt's `get_lr`.
+
+    Step i of the warm-up has (i + 1) / warmup_steps of the peak, so that step 0 already
+    learns; the cosine starts at the peak and would reach the final rate at step `steps`.
+    """
+    peak, warmup = settings.learning_rate, min(settings.warmup_steps, steps)
+    decay = optax.cosine_decay_schedule(
+        peak, max(steps - warmup, 1), alpha=settings.final_learning_rate / peak if peak else 0.0
+    )
+    if warmup == 0:
+        return decay
+    if warmup == 1:
+        rise = optax.constant_schedule(peak)
+    else:
+        rise = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def decay_mask(params: Params) -> Params:
+    """True for what weight decay applies to: matrices and embeddings, not biases and norms."""
+    return jax.tree.map(lambda array: array.ndim >= 2, params)
+
+
+def make_optimizer(
+    settings: OptimizerSettings, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Clips the global norm, then AdamW with decoupled weight decay (Loshchilov & Hutter, 2019)."""
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.adamw(
+            schedule,
+            b1=settings.beta1,
+            b2=settings.beta2,
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            mask=decay_mask,
+        ),
+    )

@@ -1,0 +1,1 @@
+"""The PyTorch twin of the model, and the proofs that both agree."""

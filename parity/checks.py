@@ -1,0 +1,132 @@
+"""The comparisons that prove parity, used by the tests and by `scripts/validate.py` alike."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch.nn import functional
+
+from gpt2_jax.generation.decode import generate
+from gpt2_jax.interop.huggingface import state_dict_from_params
+from gpt2_jax.model import GPT2
+from gpt2_jax.training.loss import cross_entropy
+from parity.models import Models
+
+LOGITS_BOUND = 1e-4
+"""Largest absolute difference of float32 logits, up to the 124M shape: rounding in 12 layers
+of 768-term sums. The real weights' logits are about 100, where one float32 ulp is 7.6e-6."""
+LOSS_BOUND = 1e-5
+"""Largest absolute difference of mean losses of about 10, where one float32 ulp is 9.5e-7."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """The outcome of one comparison."""
+
+    name: str
+    passed: bool
+    figure: str
+    """what was measured"""
+    bound: str
+    """what it may be"""
+    details: tuple[str, ...] = ()
+    """each thing that differs, named"""
+
+
+def check_state_dict(models: Models) -> Check:
+    """Every key, shape and value of Hugging Face's state dict is that of the JAX tree."""
+    theirs = {name: tensor.numpy() for name, tensor in models.huggingface.state_dict().items()}
+    ours = state_dict_from_params(models.params, models.config)
+    problems = [f"{name} is extra in JAX" for name in ours if name not in theirs]
+    for name, weight in theirs.items():
+        if name not in ours:
+            problems.append(f"{name} is missing in JAX")
+        elif weight.shape != ours[name].shape:
+            problems.append(f"{name} has shape {ours[name].shape} in JAX, not {weight.shape}")
+        elif not np.array_equal(weight, ours[name]):
+            largest = np.abs(weight - ours[name]).max()
+            problems.append(f"{name} differs by up to {largest:.1e}")
+    figure = f"{len(theirs) - len(problems)} of {len(theirs)} weights equal"
+    return Check("state dict", not problems, figure, "key, shape, value", tuple(problems))
+
+
+def check_logits(
+    models: Models, tokens_BT: np.ndarray, bound: float = LOGITS_BOUND
+) -> list[Check]:
+    """float32 logits of JAX against Hugging Face and against the reference."""
+    ours = jax_logits(models, tokens_BT)
+    return [
+        _bounded(f"logits, JAX - {name}", logits, ours, bound)
+        for name, logits in torch_logits(models, tokens_BT).items()
+    ]
+
+
+def check_loss(models: Models, tokens_BT: np.ndarray, bound: float = LOSS_BOUND) -> list[Check]:
+    """Mean next-token loss over tokens [B, T + 1] of JAX against the two others."""
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    ours = cross_entropy(jnp.asarray(jax_logits(models, inputs_BT)), jnp.asarray(targets_BT)).mean()
+    targets = torch.from_numpy(targets_BT.astype(np.int64)).flatten()
+    checks = []
+    for name, logits in torch_logits(models, inputs_BT).items():
+        loss = functional.cross_entropy(torch.from_numpy(logits).flatten(0, 1), targets)
+        checks.append(_bounded(f"loss, JAX - {name}", loss.numpy(), np.asarray(ours), bound))
+    return checks
+
+
+def check_greedy(models: Models, prompt: Sequence[int], max_new_tokens: int) -> Check:
+    """Greedy continuations agree token for token with Hugging Face's `generate`."""
+    [ours] = generate(models.params, models.config, [prompt], max_new_tokens=max_new_tokens)
+    theirs = huggingface_greedy(models, prompt, max_new_tokens)
+    return compare_tokens("greedy tokens", ours, theirs)
+
+
+def compare_tokens(name: str, ours: Sequence[int], theirs: Sequence[int]) -> Check:
+    """Whether two continuations are the same; names the first place where they are not."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+    details = () if list(ours) == list(theirs) else (
+        f"token {same}: {list(ours[same:same + 1])} in JAX, not {list(theirs[same:same + 1])}",
+    )  # fmt: skip
+    return Check(name, not details, f"{same} of {len(theirs)} equal", "all equal", details)
+
+
+def jax_logits(models: Models, tokens_BT: np.ndarray) -> np.ndarray:
+    """float32 logits [B, T, V] of the JAX model, jitted."""
+    model = GPT2(models.config)
+    apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
+    return np.asarray(apply(models.params, jnp.asarray(tokens_BT, jnp.int32)))
+
+
+def torch_logits(models: Models, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
+    """float32 logits [B, T, V] of both PyTorch models."""
+    tokens = torch.from_numpy(np.asarray(tokens_BT, np.int64))
+    with torch.no_grad():
+        return {
+            "Hugging Face": models.huggingface(tokens).logits.numpy(),
+            "reference": models.reference(tokens).numpy(),
+        }
+
+
+def huggingface_greedy(models: Models, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    """New tokens of Hugging Face's own `generate`, with its own cache."""
+    tokens = torch.tensor([list(prompt)])
+    room = models.config.n_positions - len(prompt) + 1
+    out = models.huggingface.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=min(max_new_tokens, room),
+        do_sample=False,
+        pad_token_id=models.config.eos_token_id or 0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def _bounded(name: str, theirs: np.ndarray, ours: np.ndarray, bound: float) -> Check:
+    if theirs.shape != ours.shape:
+        return Check(name, False, f"shape {ours.shape}", f"shape {theirs.shape}")
+    largest = float(np.abs(ours - theirs).max())
+    # Not "largest > bound fails": a NaN must fail.
+    return Check(name, largest <= bound, f"{largest:.1e}", f"at most {bound:.0e}")
