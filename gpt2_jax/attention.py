@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.linear import Linear
+from gpt2_jax.layers import Linear
 from gpt2_jax.precision import einsum
 
 Implementation = Literal["plain", "cudnn"]
@@ -67,6 +67,7 @@ class CausalSelfAttention(nn.Module):
     implementation: Implementation | None = None
 
     def setup(self) -> None:
+        """Declares the submodules."""
         config = self.config
         stddev = config.initializer_range
         # Each block adds two branches to the residual stream. Scaling their last matrices by

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from gpt2_jax.attention import CausalSelfAttention, Implementation, LayerCache
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.linear import Linear
+from gpt2_jax.layers import LayerNorm, Linear
 
 # Named as Hugging Face names them. GPT-2's own is gelu_new, the tanh approximation
 # x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) of Hendrycks & Gimpel, 2016.
@@ -28,13 +28,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def layer_norm(config: GPT2Config, dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
-    """Layer norm over the width; mean and variance in float32, by the exact two-pass formula."""
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_epsilon, dtype=dtype, use_fast_variance=False, name=name
-    )
-
-
 class MLP(nn.Module):
     """Two linear layers with a nonlinearity between: each position thinks by itself."""
 
@@ -42,6 +35,7 @@ class MLP(nn.Module):
     dtype: DTypeLike
 
     def setup(self) -> None:
+        """Declares the submodules."""
         config = self.config
         stddev = config.initializer_range
         self.c_fc = Linear(config.mlp_width, stddev, self.dtype)
@@ -63,9 +57,10 @@ class Block(nn.Module):
     implementation: Implementation | None = None
 
     def setup(self) -> None:
-        self.ln_1 = layer_norm(self.config, self.dtype)
+        """Declares the submodules."""
+        self.ln_1 = LayerNorm(self.config.layer_norm_epsilon, self.dtype)
         self.attn = CausalSelfAttention(self.config, self.dtype, self.implementation)
-        self.ln_2 = layer_norm(self.config, self.dtype)
+        self.ln_2 = LayerNorm(self.config.layer_norm_epsilon, self.dtype)
         self.mlp = MLP(self.config, self.dtype)
 
     def __call__(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import tyro
-import tyro.extras
 
 from gpt2_jax.errors import UserError
 
@@ -74,9 +73,7 @@ def parse_flags(
             raise
         raise UserError(_first_sentence(complaint.getvalue())) from None
     if unknown:
-        parser = tyro.extras.get_parser(flags_type, default=default, use_underscores=True)
-        known = re.findall(r"--([a-z][\w.]*)", parser.format_help())
-        raise UserError(_unknown_flag(unknown[0], known))
+        raise UserError(_unknown_flag(unknown[0], _known_flags(flags_type, default)))
     return flags
 
 
@@ -89,6 +86,14 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
     best = max(known, key=similarity, default=None)
     return best if best is not None and similarity(best) >= 0.6 else None
+
+
+def _known_flags(flags_type: type[Flags], default: Flags | None) -> list[str]:
+    """Every flag that `--help` lists, without its dashes."""
+    help_text = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(help_text):
+        tyro.cli(flags_type, args=["--help"], default=default, use_underscores=True)
+    return re.findall(r"--([a-z][\w.]*)", help_text.getvalue())
 
 
 def _unknown_flag(flag: str, known: Iterable[str]) -> str:

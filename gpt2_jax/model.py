@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gpt2_jax.attention import Implementation, KVCache
-from gpt2_jax.block import Block, layer_norm
+from gpt2_jax.block import Block
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.linear import Embedding
+from gpt2_jax.layers import Embedding, LayerNorm
 
 Params = dict[str, Any]
 
@@ -43,6 +43,7 @@ class GPT2(nn.Module):
     """attention implementation; None chooses by platform and dtype"""
 
     def setup(self) -> None:
+        """Declares the submodules."""
         config = self.config
         size, stddev = config.n_embd, config.initializer_range
         rows, padded = config.vocab_size, config.padded_vocab_size
@@ -50,7 +51,7 @@ class GPT2(nn.Module):
         self.wpe = Embedding(config.n_positions, size, stddev, self.dtype)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = [Block(config, self.dtype, self.implementation) for _ in range(config.n_layer)]
-        self.ln_f = layer_norm(config, self.dtype)
+        self.ln_f = LayerNorm(config.layer_norm_epsilon, self.dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(rows, size, stddev, self.dtype, padded)
 

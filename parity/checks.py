@@ -53,9 +53,7 @@ def check_state_dict(models: Models) -> Check:
     return Check("state dict", not problems, figure, "key, shape, value", tuple(problems))
 
 
-def check_logits(
-    models: Models, tokens_BT: np.ndarray, bound: float = LOGITS_BOUND
-) -> list[Check]:
+def check_logits(models: Models, tokens_BT: np.ndarray, bound: float = LOGITS_BOUND) -> list[Check]:
     """float32 logits of JAX against Hugging Face and against the reference."""
     ours = jax_logits(models, tokens_BT)
     return [

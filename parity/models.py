@@ -72,9 +72,7 @@ def huggingface_config(config: GPT2Config) -> transformers.GPT2Config:
     return transformers.GPT2Config(**{k: v for k, v in fields.items() if k != "model_type"})
 
 
-def _models(
-    theirs: transformers.GPT2LMHeadModel, params: Params, config: GPT2Config
-) -> Models:
+def _models(theirs: transformers.GPT2LMHeadModel, params: Params, config: GPT2Config) -> Models:
     reference = ReferenceGPT2(config)
     reference.load_state_dict(theirs.state_dict(), strict=True)
     return Models(theirs.eval(), reference.eval(), params, config)

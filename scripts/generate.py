@@ -1,4 +1,4 @@
-"""Continues a prompt: python scripts/generate.py --source pretrained --model gpt2 --prompt "Hello"."""
+"""Continues a prompt: python scripts/generate.py --model gpt2 --prompt "Hello, my name is"."""
 
 import dataclasses
 import sys
@@ -19,7 +19,7 @@ class Flags:
     model: str | None = None
     """pretrained size: gpt2 (the default), gpt2-medium, gpt2-large or gpt2-xl"""
     weights: str | None = None
-    """pretrained weights from here instead of the hub: a .pt or .safetensors file, or a directory"""
+    """pretrained weights from here, not the hub: a .pt or .safetensors file, or a directory"""
     revision: str | None = None
     """branch, tag or commit of the pretrained model on the hub"""
     max_new_tokens: int = 50

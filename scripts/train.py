@@ -1,4 +1,4 @@
-"""Trains a GPT-2: python scripts/train.py --config configs/demo.py [--optimizer.learning_rate 3e-4]."""
+"""Trains a GPT-2: python scripts/train.py --config configs/demo.py."""
 
 import argparse
 import dataclasses

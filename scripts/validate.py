@@ -53,6 +53,7 @@ def main() -> int:
     from parity.models import pretrained_models, random_models
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if flags.random_init:
         models = random_models(config or config_for_size("gpt2"))
     else:

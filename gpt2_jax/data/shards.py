@@ -8,7 +8,6 @@ any name with the split in it is read.
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -89,7 +88,9 @@ def read_shards(directory: Path, split: str, vocab_size: int) -> list[np.ndarray
         )
     files = sorted(directory.glob(f"*{split}*.npy"))
     if not files:
-        raise UserError(f"{directory} holds no {split} shard (*{split}*.npy); prepare the data anew")
+        raise UserError(
+            f"{directory} holds no {split} shard (*{split}*.npy); prepare the data anew"
+        )
     return [_open_shard(file, vocab_size) for file in files]
 
 
@@ -147,12 +148,12 @@ def _move_into_place(scratch: Path, directory: Path) -> None:
     """Renames scratch to directory; an older dataset steps aside first and goes last."""
     if directory.exists() and any(directory.iterdir()):
         aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-        os.replace(directory, aside)
+        directory.replace(aside)
         try:
-            os.replace(scratch, directory)
+            scratch.replace(directory)
         except OSError:
-            os.replace(aside, directory)
+            aside.replace(directory)
             raise
         shutil.rmtree(aside, ignore_errors=True)
     else:
-        os.replace(scratch, directory)
+        scratch.replace(directory)

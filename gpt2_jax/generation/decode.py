@@ -155,9 +155,7 @@ def _generate(
         )
 
     def decode(loop: _Loop) -> _Loop:
-        x_B1D, cache = model.apply(
-            variables, loop.token_B[:, None], loop.cache, method="features"
-        )
+        x_B1D, cache = model.apply(variables, loop.token_B[:, None], loop.cache, method="features")
         token_B = next_token(x_B1D[:, 0], loop.step)
         return record(loop._replace(cache=cache), token_B)
 

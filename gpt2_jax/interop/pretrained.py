@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.config import SIZES, GPT2Config, config_for_size
+from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import huggingface, weight_files
 from gpt2_jax.model import Params
@@ -150,7 +150,9 @@ def _download(repo_id: str, revision: str | None) -> Path:
             for name in weight_files.shard_names(fetch(weight_files.SAFETENSORS_INDEX)):
                 fetch(name)
     except RevisionNotFoundError:
-        raise UserError(f"{repo_id} has no revision {revision!r}; see its page on the hub") from None
+        raise UserError(
+            f"{repo_id} has no revision {revision!r}; see its page on the hub"
+        ) from None
     except RepositoryNotFoundError:
         raise UserError(f"the hub has no model {repo_id}, or HF_TOKEN may not see it") from None
     except EntryNotFoundError as error:

@@ -8,7 +8,6 @@ Lines are JSON objects in order of time, of two kinds. Both speak of the paramet
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -54,4 +53,4 @@ def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.legend()
     scratch = path.with_name(f".{path.name}")
     figure.savefig(scratch, format="png", dpi=120)
-    os.replace(scratch, path)
+    scratch.replace(path)

@@ -38,8 +38,10 @@ class ProgressDisplay:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def step(self, step: int, loss: float, learning_rate: float, tokens: int, seconds: float) -> None:
-        """Reports step `step`: its loss, and the tokens it took in the seconds it took."""
+    def step(
+        self, step: int, loss: float, learning_rate: float, tokens: int, seconds: float
+    ) -> None:
+        """Reports one step: its loss, and the tokens it took in the seconds it took."""
         # The first step is mostly compilation; after it, a running mean smooths the rate.
         if step == 1:
             self._rate = seconds

@@ -213,6 +213,6 @@ def _where(error: Exception, path: Path) -> str:
     """The line of the config file an error came from."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)]
+    frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     return f"line {lines[-1]}, {type(error).__name__}" if lines else type(error).__name__

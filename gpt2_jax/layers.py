@@ -1,4 +1,4 @@
-"""The two layers that hold matrices: `Linear` and `Embedding`."""
+"""The layers that hold parameters: `Linear`, `LayerNorm` and `Embedding`."""
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,28 @@ class Linear(nn.Module):
         return (y_BTF + bias_F[None, None, :]).astype(self.dtype)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias, over the width (Ba et al., 2016).
+
+    Computed in float32 by this very formula, deviations first: rounding then goes as in
+    PyTorch, and a mean far from zero costs no precision.
+    """
+
+    epsilon: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Normalises every position: [B, T, D] to [B, T, D] in the compute dtype."""
+        scale_D = self.param("scale", nn.initializers.ones, x_BTD.shape[-1:])
+        bias_D = self.param("bias", nn.initializers.zeros, x_BTD.shape[-1:])
+        x_BTD = x_BTD.astype(jnp.float32)
+        deviation_BTD = x_BTD - jnp.mean(x_BTD, axis=-1, keepdims=True)
+        variance_BT1 = jnp.mean(jnp.square(deviation_BTD), axis=-1, keepdims=True)
+        y_BTD = deviation_BTD / jnp.sqrt(variance_BT1 + self.epsilon)
+        return (y_BTD * scale_D[None, None, :] + bias_D[None, None, :]).astype(self.dtype)
+
+
 class Embedding(nn.Module):
     """A table with one row for each token (or position), read by index or as an output head.
 
@@ -39,6 +61,7 @@ class Embedding(nn.Module):
     padded_rows: int | None = None
 
     def setup(self) -> None:
+        """Declares the table."""
         self.embedding = self.param("embedding", self._initial_table)
 
     def _initial_table(self, key: jax.Array) -> jax.Array:

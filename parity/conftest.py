@@ -1,0 +1,70 @@
+"""Models and fixtures that the parity tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import transformers
+from huggingface_hub import try_to_load_from_cache
+
+from gpt2_jax.config import SIZES, GPT2Config
+from gpt2_jax.interop.pretrained import DEFAULT_WEIGHTS, HUB_IDS
+from parity.models import Models, pretrained_models, random_models
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpt2",
+        metavar="SOURCE",
+        help="OpenAI's real 124M weights: a .pt or .safetensors file, or a directory; by default "
+        "data/gpt2_weights.pt or the hub's cache, if they are there",
+    )
+
+
+@pytest.fixture(scope="session")
+def small() -> Models:
+    """Random weights at a small shape, large enough to make every layer matter."""
+    config = GPT2Config(
+        vocab_size=211,
+        n_positions=48,
+        n_embd=48,
+        n_layer=3,
+        n_head=3,
+        initializer_range=0.2,
+        # An untied head lets random weights continue with varied tokens, not with the last one.
+        tie_word_embeddings=False,
+    )
+    return random_models(config, seed=1)
+
+
+@pytest.fixture(scope="session")
+def gpt2_124m() -> Models:
+    """Random weights at the full 124M shape."""
+    return random_models(SIZES["gpt2"], seed=0)
+
+
+@pytest.fixture(scope="session")
+def real_gpt2(request: pytest.FixtureRequest) -> Models:
+    """OpenAI's weights, where they are at hand; nothing is downloaded."""
+    source = request.config.getoption("--gpt2")
+    if source is None:
+        cached = try_to_load_from_cache(HUB_IDS["gpt2"], "model.safetensors")
+        if DEFAULT_WEIGHTS.is_file():
+            source = DEFAULT_WEIGHTS
+        elif isinstance(cached, str):
+            source = Path(cached).parent
+        else:
+            pytest.skip("OpenAI's weights are not here; give them with --gpt2 SOURCE")
+    return pretrained_models(source)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of published fixtures, named by GPT2_JAX_SHARED."""
+    folder = os.environ.get("GPT2_JAX_SHARED")
+    if not folder:
+        pytest.skip("GPT2_JAX_SHARED does not name the folder of published fixtures")
+    return Path(folder)

@@ -1,0 +1,88 @@
+"""The three models compute the same logits and the same loss."""
+
+import copy
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.model import GPT2
+from parity.checks import check_logits, check_loss, jax_logits, torch_logits
+from parity.models import Models, random_models, random_tokens
+
+SMALL = GPT2Config(
+    vocab_size=131, n_positions=40, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1
+)
+
+VARIANTS = {
+    "plain": {},
+    "untied head": {"tie_word_embeddings": False},
+    "one head": {"n_head": 1},
+    "n_inner": {"n_inner": 51},
+    "eps 1e-3": {"layer_norm_epsilon": 1e-3},
+    "gelu": {"activation_function": "gelu"},
+    "gelu_pytorch_tanh": {"activation_function": "gelu_pytorch_tanh"},
+    "relu": {"activation_function": "relu"},
+    "silu": {"activation_function": "silu"},
+    "tanh": {"activation_function": "tanh"},
+    "padded vocabulary": {"pad_vocab_size_multiple": 64},
+}
+
+
+def test_logits_at_124m(gpt2_124m: Models) -> None:
+    tokens_BT = random_tokens(gpt2_124m.config, (1, 1024))
+    for check in check_logits(gpt2_124m, tokens_BT):
+        print(f"{check.name} at 124M, T=1024: {check.figure}")
+        assert check.passed, check
+
+
+def test_loss_at_124m(gpt2_124m: Models) -> None:
+    for check in check_loss(gpt2_124m, random_tokens(gpt2_124m.config, (2, 129), seed=1)):
+        assert check.passed, check
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logits_of_every_architecture(changes: dict) -> None:
+    models = random_models(dataclasses.replace(SMALL, **changes), seed=2)
+    for check in check_logits(models, random_tokens(models.config, (2, 40)), bound=2e-6):
+        assert check.passed, check
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (3, 7)])
+def test_logits_of_every_length(shape: tuple[int, int]) -> None:
+    models = random_models(SMALL, seed=3)
+    for check in check_logits(models, random_tokens(SMALL, shape), bound=2e-6):
+        assert check.passed, check
+
+
+def test_reference_is_hugging_faces_twin(small: Models) -> None:
+    logits = torch_logits(small, random_tokens(small.config, (2, 48)))
+    # Same operations in the same order, so rounding differs at most in how products are summed;
+    # the logits are of order 10, where one float32 ulp is 9.5e-7.
+    np.testing.assert_allclose(logits["reference"], logits["Hugging Face"], rtol=0, atol=1e-5)
+
+
+def test_bfloat16_compute_stays_near_float32(small: Models) -> None:
+    tokens_BT = random_tokens(small.config, (2, 48))
+    exact = jax_logits(small, tokens_BT)
+    model = GPT2(small.config, dtype=jnp.bfloat16)
+    rounded = jax.jit(model.apply)({"params": small.params}, jnp.asarray(tokens_BT))
+    theirs = copy.deepcopy(small.huggingface).to(torch.bfloat16)(torch.from_numpy(tokens_BT)).logits
+    # bfloat16 keeps 8 bits: we may be as far from float32 as PyTorch's own bfloat16 is.
+    allowed = np.abs(theirs.float().detach().numpy() - exact).mean()
+    assert np.abs(np.asarray(rounded) - exact).mean() <= allowed
+
+
+def test_padding_of_the_vocabulary_never_shows() -> None:
+    plain = random_models(SMALL, seed=4)
+    padded = random_models(dataclasses.replace(SMALL, pad_vocab_size_multiple=64), seed=4)
+    assert padded.params["wte"]["embedding"].shape == (192, 32)
+    tokens_BT = random_tokens(SMALL, (2, 9))
+    np.testing.assert_array_equal(jax_logits(padded, tokens_BT).shape, (2, 9, 131))
+    np.testing.assert_allclose(
+        jax_logits(padded, tokens_BT), jax_logits(plain, tokens_BT), rtol=0, atol=2e-6
+    )
