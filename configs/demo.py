@@ -1,4 +1,10 @@
-"""A small GPT-2 on Python's own documentation: the five-minute proof that everything works."""
+"""A small GPT-2 on the documentation inside every Python: proof that the whole way works.
+
+    python scripts/train.py --config configs/demo.py
+
+7.2 million parameters (6.4 of them the embedding), 125,000 training tokens, 5 epochs.
+Hardware: any. HARDWARE_FIGURES
+"""
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.training.settings import (
@@ -12,14 +18,20 @@ config = TrainSettings(
     run_dir="runs/demo",
     steps=300,
     model=GPT2Config(
-        n_positions=128, n_embd=128, n_layer=4, n_head=4,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        n_positions=128,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
     ),
     data=DataSettings(
-        path="pydoc_data.topics", sequence_length=128, batch_size=16, micro_batch_size=16
+        path="pydoc_data.topics",
+        sequence_length=128,
+        batch_size=16,  # 16 x 128 = 2,048 tokens a step, 61 steps an epoch
+        micro_batch_size=2,  # small, so that the logits of a pass stay in the caches of a CPU
     ),
-    optimizer=OptimizerSettings(
-        learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=30
-    ),
-    validation=ValidationSettings(every=50, windows=64),
+    optimizer=OptimizerSettings(learning_rate=2e-3, final_learning_rate=2e-4, warmup_steps=30),
+    validation=ValidationSettings(every=50, windows=100),
 )

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import tyro
@@ -38,36 +38,20 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
-def parse_flags(
-    flags_type: type[Flags],
-    args: Sequence[str] | None = None,
-    *,
-    default: Flags | None = None,
-    description: str | None = None,
-) -> Flags:
-    """Reads command-line flags into a frozen dataclass; `--help` prints them and exits 0.
+def parse_flags(flags_type: type[Flags], default: Flags | None = None) -> Flags:
+    """Reads the command line into a frozen dataclass; `--help` prints the flags and exits 0.
 
     Args:
       flags_type: dataclass whose fields are the flags, nested ones dotted (`--data.path`).
-      args: the arguments; None means `sys.argv[1:]`.
       default: values for flags not given; None means the fields' own defaults.
-      description: text above the flags in `--help`.
 
     Raises:
       UserError: for an unknown flag (the nearest known one is suggested) or a bad value.
     """
-    args = sys.argv[1:] if args is None else list(args)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            flags, unknown = tyro.cli(
-                flags_type,
-                args=args,
-                default=default,
-                description=description,
-                return_unknown_args=True,
-                use_underscores=True,
-            )
+            flags, unknown = _parse(flags_type, default, sys.argv[1:])
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -75,6 +59,18 @@ def parse_flags(
     if unknown:
         raise UserError(_unknown_flag(unknown[0], _known_flags(flags_type, default)))
     return flags
+
+
+def _parse(
+    flags_type: type[Flags], default: Flags | None, args: list[str]
+) -> tuple[Flags, list[str]]:
+    return tyro.cli(
+        flags_type,
+        args=args,
+        default=tyro.MISSING_NONPROP if default is None else default,
+        return_unknown_args=True,
+        use_underscores=True,
+    )
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
@@ -92,7 +88,7 @@ def _known_flags(flags_type: type[Flags], default: Flags | None) -> list[str]:
     """Every flag that `--help` lists, without its dashes."""
     help_text = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(help_text):
-        tyro.cli(flags_type, args=["--help"], default=default, use_underscores=True)
+        _parse(flags_type, default, ["--help"])
     return re.findall(r"--([a-z][\w.]*)", help_text.getvalue())
 
 

@@ -33,7 +33,8 @@ class GPT2(nn.Module):
     """The language model of Radford et al., 2019.
 
     >>> model = GPT2(GPT2Config())
-    >>> logits_BTV = model.apply({"params": params}, tokens_BT)
+    >>> params = init_params(model.config, jax.random.key(0))
+    >>> logits_BTV = apply(model, params, tokens_BT)
     """
 
     config: GPT2Config
@@ -96,7 +97,8 @@ class GPT2(nn.Module):
         for i, block in enumerate(self.h):
             layer = None if cache is None else cache.layers[i]
             x_BTD, layer = block(x_BTD, layer, start_B, deterministic=deterministic)
-            layers.append(layer)
+            if layer is not None:
+                layers.append(layer)
         if cache is not None:
             cache = KVCache(tuple(layers), cache.length_B + T)
         return self.ln_f(x_BTD), cache
@@ -105,6 +107,15 @@ class GPT2(nn.Module):
         """The output head: features [B, T, D] to float32 logits [B, T, vocab_size]."""
         head = self.wte if self.config.tie_word_embeddings else self.lm_head
         return head.logits(x_BTD)
+
+
+def apply(model: GPT2, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """`model.apply` on bare parameters: `apply(model, params, tokens_BT)` gives logits.
+
+    Other methods by name, `apply(model, params, x_BTD, method="logits")`; dropout with
+    `deterministic=False, rngs={"dropout": key}`.
+    """
+    return model.apply({"params": params}, *args, **kwargs)
 
 
 def init_params(config: GPT2Config, key: jax.Array) -> Params:

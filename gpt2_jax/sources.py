@@ -60,5 +60,7 @@ def _load_run(run_dir: Path) -> tuple[Params, GPT2Config]:
 
     file = run_dir / "config.json"
     config = from_json(file.read_text(encoding="utf-8"), str(file)).model
+    if not (run_dir / "checkpoints").is_dir():
+        raise UserError(f"{run_dir} has no checkpoints yet; train the run until it saves one")
     with Checkpoints(run_dir) as checkpoints:
         return checkpoints.restore_params(param_shapes(config)), config

@@ -1,6 +1,7 @@
 """The comparisons that prove parity, used by the tests and by `scripts/validate.py` alike."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from gpt2_jax.generation.decode import generate
 from gpt2_jax.interop.huggingface import state_dict_from_params
-from gpt2_jax.model import GPT2
+from gpt2_jax.model import GPT2, apply
 from gpt2_jax.training.loss import cross_entropy
 from parity.models import Models
 
@@ -94,8 +95,8 @@ def compare_tokens(name: str, ours: Sequence[int], theirs: Sequence[int]) -> Che
 def jax_logits(models: Models, tokens_BT: np.ndarray) -> np.ndarray:
     """float32 logits [B, T, V] of the JAX model, jitted."""
     model = GPT2(models.config)
-    apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
-    return np.asarray(apply(models.params, jnp.asarray(tokens_BT, jnp.int32)))
+    jitted = jax.jit(functools.partial(apply, model))
+    return np.asarray(jitted(models.params, jnp.asarray(tokens_BT, jnp.int32)))
 
 
 def torch_logits(models: Models, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
@@ -112,7 +113,7 @@ def huggingface_greedy(models: Models, prompt: Sequence[int], max_new_tokens: in
     """New tokens of Hugging Face's own `generate`, with its own cache."""
     tokens = torch.tensor([list(prompt)])
     room = models.config.n_positions - len(prompt) + 1
-    out = models.huggingface.generate(
+    out = models.huggingface.generate(  # type: ignore[misc]
         tokens,
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=min(max_new_tokens, room),

@@ -3,14 +3,13 @@
 import copy
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import GPT2
+from gpt2_jax.model import GPT2, apply
 from parity.checks import check_logits, check_loss, jax_logits, torch_logits
 from parity.models import Models, random_models, random_tokens
 
@@ -70,8 +69,9 @@ def test_bfloat16_compute_stays_near_float32(small: Models) -> None:
     tokens_BT = random_tokens(small.config, (2, 48))
     exact = jax_logits(small, tokens_BT)
     model = GPT2(small.config, dtype=jnp.bfloat16)
-    rounded = jax.jit(model.apply)({"params": small.params}, jnp.asarray(tokens_BT))
-    theirs = copy.deepcopy(small.huggingface).to(torch.bfloat16)(torch.from_numpy(tokens_BT)).logits
+    rounded = apply(model, small.params, jnp.asarray(tokens_BT))
+    bfloat16 = copy.deepcopy(small.huggingface).bfloat16()
+    theirs = bfloat16(torch.from_numpy(tokens_BT)).logits
     # bfloat16 keeps 8 bits: we may be as far from float32 as PyTorch's own bfloat16 is.
     allowed = np.abs(theirs.float().detach().numpy() - exact).mean()
     assert np.abs(np.asarray(rounded) - exact).mean() <= allowed

@@ -20,6 +20,7 @@ def validate(capsys: pytest.CaptureFixture, *flags: str) -> tuple[int, str, str]
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(SCRIPT), run_name="__main__")
     out, err = capsys.readouterr()
+    assert isinstance(stop.value.code, int)
     return stop.value.code, out, err
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -51,10 +52,11 @@ def read_flags() -> Flags:
         config = first.parse_known_args()[0].config
     except argparse.ArgumentError as error:
         raise UserError(f"{error}, such as configs/demo.py") from None
-    if config is None:
-        parse_flags(Flags)  # answers --help
+    if config is not None:
+        return parse_flags(Flags, default=Flags(config, load_config_file(config)))
+    if {"-h", "--help"}.isdisjoint(sys.argv):
         raise UserError("--config is missing; give a file, such as --config configs/demo.py")
-    return parse_flags(Flags, default=Flags(config, load_config_file(config)))
+    return parse_flags(Flags)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Windows(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
         """Window `index`; grain passes plain integers below `len(self)`."""
         if not 0 <= index < len(self):
             raise IndexError(index)

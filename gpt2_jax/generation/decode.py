@@ -16,7 +16,7 @@ from gpt2_jax.attention import KVCache, empty_cache
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.generation.sampling import GREEDY, Sampling, choose
-from gpt2_jax.model import GPT2, Params
+from gpt2_jax.model import GPT2, Params, apply
 
 SMALLEST_BUCKET = 32
 
@@ -136,11 +136,10 @@ def _generate(
 ) -> tuple[jax.Array, jax.Array]:
     """The compiled whole: new tokens [B, S + 1] and how many of them count in each row."""
     B = tokens_BT.shape[0]
-    variables = {"params": params}
     row_keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
 
     def next_token(x_BD: jax.Array, step: jax.Array) -> jax.Array:
-        logits_BV = model.apply(variables, x_BD[:, None], method="logits")[:, 0]
+        logits_BV = apply(model, params, x_BD[:, None], method="logits")[:, 0]
         keys_B = jax.vmap(lambda row_key: jax.random.fold_in(row_key, step))(row_keys_B)
         return choose(logits_BV, keys_B, sampling)
 
@@ -155,12 +154,12 @@ def _generate(
         )
 
     def decode(loop: _Loop) -> _Loop:
-        x_B1D, cache = model.apply(variables, loop.token_B[:, None], loop.cache, method="features")
+        x_B1D, cache = apply(model, params, loop.token_B[:, None], loop.cache, method="features")
         token_B = next_token(x_B1D[:, 0], loop.step)
         return record(loop._replace(cache=cache), token_B)
 
     cache = empty_cache(model.config, B, cache_slots, model.dtype)
-    x_BTD, cache = model.apply(variables, tokens_BT, cache, method="features")
+    x_BTD, cache = apply(model, params, tokens_BT, cache, method="features")
     # The prompts are padded at their ends: the padding's slots are overwritten as the text grows,
     # and until then no position of the text looks at them.
     cache = cache._replace(length_B=length_B)

@@ -136,10 +136,13 @@ def _download(repo_id: str, revision: str | None) -> Path:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import logging
 
     def fetch(name: str) -> Path:
         return Path(hf_hub_download(repo_id, name, revision=revision))
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its retries, of some 20 seconds, are told in one error below
     try:
         directory = fetch("config.json").parent
         try:
@@ -165,4 +168,6 @@ def _download(repo_id: str, revision: str | None) -> Path:
             f"{repo_id} cannot be downloaded ({str(error).split(chr(10))[0]}); "
             f"connect, set HF_ENDPOINT, or give a local copy"
         ) from None
+    finally:
+        logging.set_verbosity(verbosity)
     return directory

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,10 @@ def read_torch(file: Path) -> StateDict:
             f"reading {file} needs PyTorch; pip install torch, or give safetensors"
         ) from None
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch warns of unusual pickles; what it cannot read it refuses all the same.
+            warnings.simplefilter("ignore")
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"weights {file} do not exist; give another file") from None
     except pickle.UnpicklingError:
@@ -118,7 +122,7 @@ def read_torch(file: Path) -> StateDict:
         ) from None
     except Exception as error:
         # torch.load raises whatever its zip and pickle readers do: RuntimeError, EOFError, ...
-        reason = str(error).split("\n")[0]
+        reason = repr(error).split("\\n")[0]
         raise UserError(f"weights {file} are damaged ({reason}); get them anew") from None
     state = _unwrap(loaded)
     for name, tensor in state.items():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt2_jax.model import GPT2, Params, init_params
+from gpt2_jax.model import GPT2, Params, apply, init_params
 from gpt2_jax.training.loss import cross_entropy
 
 
@@ -76,21 +76,19 @@ def train_step(
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = StepMetrics(loss, optax.global_norm(grads))
+    metrics = StepMetrics(loss, optax.tree.norm(grads))
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def batch_loss(params: Params, tokens_BT: jax.Array, key: jax.Array, *, model: GPT2) -> jax.Array:
     """Mean loss over a batch int32 [B, T + 1], with dropout."""
-    logits_BTV = model.apply(
-        {"params": params}, tokens_BT[:, :-1], deterministic=False, rngs={"dropout": key}
-    )
+    logits_BTV = apply(model, params, tokens_BT[:, :-1], deterministic=False, rngs={"dropout": key})
     return cross_entropy(logits_BTV, tokens_BT[:, 1:]).mean()
 
 
 def eval_step(params: Params, tokens_BT: jax.Array, *, model: GPT2) -> jax.Array:
     """Mean loss of each row of int32 [B, T + 1], without dropout: float32 [B]."""
-    logits_BTV = model.apply({"params": params}, tokens_BT[:, :-1])
+    logits_BTV = apply(model, params, tokens_BT[:, :-1])
     return cross_entropy(logits_BTV, tokens_BT[:, 1:]).mean(axis=-1)
 
 

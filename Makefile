@@ -1,0 +1,36 @@
+# The environment is .venv beside this file; PYTHON chooses what it is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   train a small GPT-2 on Python's own documentation, then sample from it"
+	@echo "make test   run the tests and the parity proofs"
+	@echo "make lint   check style and types"
+	@echo "make clean  remove .venv and caches; data/ and runs/ stay"
+
+demo: .venv/installed
+	$(BIN)/python scripts/train.py --config configs/demo.py --overwrite
+	$(BIN)/python scripts/generate.py --source runs/demo --prompt "The following" \
+		--max_new_tokens 80 --temperature 0.8
+
+test: .venv/installed
+	$(BIN)/python -m pytest tests parity
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Installed anew whenever what is to be installed changes.
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis

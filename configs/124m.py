@@ -1,0 +1,47 @@
+"""GPT-2 124M on 10 billion tokens of FineWeb-Edu: the recipe of karpathy/build-nanogpt.
+
+    python scripts/train.py --config configs/124m.py
+
+524,288 tokens a step for 19,073 steps is one epoch of 10 billion tokens. The data are uint16
+`.npy` token shards with "train" and "val" in their names, as build-nanogpt's fineweb.py makes.
+Hardware: one GPU with 80 GB for this micro batch; halve data.micro_batch_size until it fits, the
+result stays the same.
+Time and memory: not measured yet. Expected validation loss: build-nanogpt's run of this recipe
+passes the 3.29 of OpenAI's own 124M weights on the same validation shard.
+"""
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.training.settings import (
+    DataSettings,
+    OptimizerSettings,
+    TrainSettings,
+    ValidationSettings,
+)
+
+config = TrainSettings(
+    run_dir="runs/124m",
+    steps=19_073,  # 10e9 / 524,288
+    model=GPT2Config(
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        pad_vocab_size_multiple=64,  # 50,257 -> 50,304 rows
+    ),
+    data=DataSettings(
+        path="data/edu_fineweb10B",
+        sequence_length=1024,
+        batch_size=512,  # 512 x 1024 = 524,288 tokens a step
+        micro_batch_size=64,
+    ),
+    optimizer=OptimizerSettings(
+        learning_rate=6e-4,
+        final_learning_rate=6e-5,  # 10 %
+        warmup_steps=715,  # 375e6 / 524,288
+        beta1=0.9,
+        beta2=0.95,
+        weight_decay=0.1,
+        clip_norm=1.0,
+    ),
+    validation=ValidationSettings(every=250, windows=10_240),  # 20 x 512, 10.5 million tokens
+    checkpoint_every=1000,
+)

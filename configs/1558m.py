@@ -1,0 +1,44 @@
+"""gpt2-xl, 1558M parameters (1600 wide, 48 layers, 25 heads), on 10 billion FineWeb-Edu tokens.
+
+    python scripts/train.py --config configs/1558m.py
+
+The recipe of configs/124m.py with the learning rate and the batch, 1M tokens, that the
+GPT-3 paper (Brown et al., 2020, table 2.1) gives for its 1.3B model.
+Hardware: an 80 GB GPU or more; halve data.micro_batch_size until it fits, the result stays the
+same. Time, memory and loss: not measured yet.
+"""
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.training.settings import (
+    DataSettings,
+    OptimizerSettings,
+    TrainSettings,
+    ValidationSettings,
+)
+
+config = TrainSettings(
+    run_dir="runs/1558m",
+    steps=9_536,  # 10e9 / 1,048,576
+    model=GPT2Config(
+        n_embd=1600,
+        n_layer=48,
+        n_head=25,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        pad_vocab_size_multiple=64,  # 50,257 -> 50,304 rows
+    ),
+    data=DataSettings(
+        path="data/edu_fineweb10B",
+        sequence_length=1024,
+        batch_size=1024,  # 1024 x 1024 = 1,048,576 tokens a step
+        micro_batch_size=8,
+    ),
+    optimizer=OptimizerSettings(
+        learning_rate=2e-4,
+        final_learning_rate=2e-5,  # 10 %
+        warmup_steps=358,  # 375e6 / 1,048,576
+    ),
+    validation=ValidationSettings(every=250, windows=10_240),
+    checkpoint_every=1000,
+)

@@ -1,0 +1,1 @@
+"""From text to batches: files, token shards, windows, and batch(step)."""

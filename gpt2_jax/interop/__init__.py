@@ -1,0 +1,1 @@
+"""Formats of other projects; the only place that knows their names."""

@@ -1,0 +1,1 @@
+"""Settings, optimizer, loss, the pure step, and the loop that runs it."""

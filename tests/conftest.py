@@ -1,0 +1,42 @@
+"""What the tests share: one small model, and the rule that no shape broadcasts by accident."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.model import Params, param_shapes
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# The same examples in every run, and no clock in the result.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> GPT2Config:
+    return GPT2Config(
+        vocab_size=97,
+        n_positions=32,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        eos_token_id=None,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config: GPT2Config) -> Params:
+    """Parameters as if trained: no bias is zero, no scale is one, attention is not uniform."""
+    rng = np.random.default_rng(0)
+
+    def draw(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(rng.normal(mean, 0.2, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, param_shapes(tiny_config))

@@ -1,0 +1,106 @@
+"""Attention against its formula, and the cache against attention without one."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_jax.attention import CausalSelfAttention, choose_implementation, empty_cache
+from gpt2_jax.model import GPT2
+
+# Sums of the same float32 terms in another order, through two blocks, at values near 3.
+ROUNDING = {"rtol": 0, "atol": 2e-5}
+TOKENS_BT = np.random.default_rng(4).integers(0, 97, (3, 14)).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def features(model, params, tokens_BT, cache=None):
+    return model.apply({"params": params}, tokens_BT, cache, method="features")
+
+
+def test_attention_follows_its_formula(tiny_config, tiny_params):
+    """Every head's mean of values, weighted by softmax(q k / sqrt(K)) over keys not later."""
+    B, T, D, H, K = 2, 5, 32, 4, 8
+    x_BTD = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
+    params = tiny_params["h_0"]["attn"]
+    layer = CausalSelfAttention(tiny_config, jnp.float32)
+    actual_BTD, cache = layer.apply({"params": params}, x_BTD)
+    assert cache is None
+
+    weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    qkv_BT3D = x_BTD @ weights["c_attn"]["kernel"] + weights["c_attn"]["bias"]
+    mixed_BTD = np.zeros((B, T, D))
+    for row in range(B):
+        for head in range(H):
+            q_TK, k_TK, v_TK = (qkv_BT3D[row, :, part * D + head * K :][:, :K] for part in range(3))
+            for t in range(T):
+                weight_S = np.exp(k_TK[: t + 1] @ q_TK[t] / np.sqrt(K))
+                weight_S /= weight_S.sum()
+                mixed_BTD[row, t, head * K : (head + 1) * K] = weight_S @ v_TK[: t + 1]
+    expected_BTD = mixed_BTD @ weights["c_proj"]["kernel"] + weights["c_proj"]["bias"]
+    np.testing.assert_allclose(actual_BTD, expected_BTD, **ROUNDING)
+
+
+def test_decoding_token_by_token_gives_the_features_of_one_pass(tiny_config, tiny_params):
+    """Rows of different lengths: padding is overwritten before any position looks at it."""
+    model = GPT2(tiny_config)
+    full_BTD, no_cache = features(model, tiny_params, TOKENS_BT)
+    assert no_cache is None
+
+    length_B = np.array([3, 7, 5], np.int32)
+    prompt_BT = np.where(np.arange(7) < length_B[:, None], TOKENS_BT[:, :7], 96)
+    cache = empty_cache(tiny_config, 3, slots=14, dtype=jnp.float32)
+    prompt_BTD, cache = features(model, tiny_params, prompt_BT, cache)
+    np.testing.assert_array_equal(cache.length_B, [7, 7, 7])
+    for row, length in enumerate(length_B):
+        np.testing.assert_allclose(prompt_BTD[row, :length], full_BTD[row, :length], **ROUNDING)
+
+    cache = cache._replace(length_B=jnp.asarray(length_B))
+    rows_B = np.arange(3)
+    for step in range(7):
+        position_B = length_B + step
+        token_B1 = TOKENS_BT[rows_B, position_B][:, None]
+        x_B1D, cache = features(model, tiny_params, token_B1, cache)
+        np.testing.assert_allclose(x_B1D[:, 0], full_BTD[rows_B, position_B], **ROUNDING)
+    np.testing.assert_array_equal(cache.length_B, length_B + 7)
+
+
+def test_a_cache_takes_several_tokens_at_once(tiny_config, tiny_params):
+    model = GPT2(tiny_config)
+    full_BTD, _ = features(model, tiny_params, TOKENS_BT)
+    cache = empty_cache(tiny_config, 3, slots=20, dtype=jnp.float32)
+    parts = []
+    for start in (0, 7):
+        x_BTD, cache = features(model, tiny_params, TOKENS_BT[:, start : start + 7], cache)
+        parts.append(x_BTD)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), full_BTD, **ROUNDING)
+
+
+def test_an_empty_cache_has_room_for_every_head_and_layer(tiny_config):
+    cache = empty_cache(dataclasses.replace(tiny_config, n_layer=3), 2, slots=9, dtype="bfloat16")
+    assert len(cache.layers) == 3
+    for array in jax.tree.leaves(cache.layers):
+        assert array.shape == (2, 4, 9, 8)
+        assert array.dtype == jnp.bfloat16
+        assert not np.any(array)
+    np.testing.assert_array_equal(cache.length_B, [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_width", "expected"),
+    [
+        ("gpu", "bfloat16", 64, "cudnn"),
+        ("gpu", "float16", 128, "cudnn"),
+        ("gpu", "bfloat16", 8, "cudnn"),
+        ("gpu", "bfloat16", 136, "plain"),
+        ("gpu", "bfloat16", 20, "plain"),
+        ("gpu", "float32", 64, "plain"),
+        ("cpu", "bfloat16", 64, "plain"),
+        ("tpu", "bfloat16", 64, "plain"),
+    ],
+)
+def test_flash_attention_is_chosen_only_where_cudnn_has_it(platform, dtype, head_width, expected):
+    assert choose_implementation(platform, jnp.dtype(dtype), head_width) == expected

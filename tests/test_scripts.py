@@ -1,0 +1,275 @@
+"""The scripts at their doors: what they do end to end, and what they say to mistakes."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.interop.huggingface import config_to_json, state_dict_from_params
+from gpt2_jax.model import init_params
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
+
+
+class Door:
+    """Runs scripts in this process, as `python scripts/NAME.py FLAGS` would."""
+
+    def __init__(self, capsys: pytest.CaptureFixture) -> None:
+        self._capsys = capsys
+
+    def __call__(self, name: str, *flags: object) -> tuple[int, str, str]:
+        """Returns exit status, stdout and stderr."""
+        script = SCRIPTS / f"{name}.py"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(script), *map(str, flags)])
+            with pytest.raises(SystemExit) as stop:
+                runpy.run_path(str(script), run_name="__main__")
+        assert isinstance(stop.value.code, int)
+        out, err = self._capsys.readouterr()
+        return stop.value.code, out, err
+
+    def refuses(self, name: str, *flags: object) -> str:
+        """Expects exit status 2, silence on stdout and one line on stderr; returns the line."""
+        code, out, err = self(name, *flags)
+        assert (code, out) == (2, ""), err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+
+@pytest.fixture
+def door(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Door:
+    monkeypatch.chdir(tmp_path)
+    return Door(capsys)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A run of seconds on data/text."""
+    file = tmp_path / "config.py"
+    file.write_text(
+        """
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.training.settings import DataSettings, OptimizerSettings, TrainSettings
+
+config = TrainSettings(
+    run_dir="run",
+    steps=3,
+    model=GPT2Config(n_positions=16, n_embd=8, n_layer=1, n_head=2),
+    data=DataSettings("data/text", sequence_length=16, batch_size=4, micro_batch_size=2),
+    optimizer=OptimizerSettings(warmup_steps=1),
+)
+"""
+    )
+    return file
+
+
+@pytest.fixture
+def dataset(door: Door, tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT)
+    code, out, _ = door("prepare_custom_text", "--input", "text.txt", "--output", "data/text")
+    assert code == 0
+    assert "961 tokens from 1 file(s) in data/text: 865 for training, 96 for validation" in out
+    return tmp_path / "data/text"
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    """A small Hugging Face directory with GPT-2's vocabulary."""
+    import jax
+
+    config = GPT2Config(n_positions=24, n_embd=4, n_layer=1, n_head=1)
+    directory = tmp_path / "model"
+    directory.mkdir()
+    state = state_dict_from_params(init_params(config, jax.random.key(0)), config)
+    state = {name: np.ascontiguousarray(array) for name, array in state.items()}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config_to_json(config)))
+    return directory
+
+
+def test_text_to_shards_to_run_to_samples(door: Door, dataset: Path, config_file: Path) -> None:
+    code, out, err = door("train", "--config", config_file, "--steps", 4)
+    assert (code, err) == (0, "")
+    assert "validation loss" in out
+    run = dataset.parents[1] / "run"
+    assert {"config.json", "metrics.jsonl", "loss.png", "checkpoints"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert json.loads((run / "config.json").read_text())["steps"] == 4
+
+    flags = ("--source", "run", "--prompt", "The quick", "--max_new_tokens", 6, "--seed", 3)
+    code, out, err = door("generate", *flags)
+    assert (code, err) == (0, "")
+    assert out.startswith("The quick")
+    assert door("generate", *flags)[1] == out
+    two = door("generate", *flags, "--num_samples", 2)[1]
+    assert two.startswith(out.rstrip("\n"))
+    assert two.count("-" * 40) == 1
+
+
+def test_training_works_from_any_directory(
+    door: Door, dataset: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = dataset.parents[1] / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    code, _, err = door("train", "--config", config_file, "--data.path", dataset)
+    assert code == 0, err
+    assert (elsewhere / "run/metrics.jsonl").exists()
+
+
+def test_generation_stops_where_the_context_is_full(door: Door, model_dir: Path) -> None:
+    prompt = "one two three four five"
+    code, _, err = door(
+        "generate", "--source", model_dir, "--prompt", prompt, "--max_new_tokens", 99, "--greedy"
+    )
+    assert code == 0
+    assert "stopping after 20 tokens" in err
+
+
+def test_weights_of_another_size_are_named(door: Door, model_dir: Path) -> None:
+    file = model_dir / "model.safetensors"
+    flags = ("--prompt", "x", "--weights", file, "--model", "gpt2")
+    line = door.refuses("generate", *flags)
+    assert "missing h.1." in line
+    assert str(file) in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x " * 40], "more than the context of 24"),
+        (["--prompt", "x", "--top_p", "0"], "top_p=0.0 must be in (0, 1]"),
+        (["--prompt", "x", "--top_p", "1.5"], "top_p=1.5 must be in (0, 1]"),
+        (["--prompt", "x", "--top_p", "nan"], "top_p=nan must be in (0, 1]"),
+        (["--prompt", "x", "--top_k", "0"], "top_k=0 must be at least 1"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must be finite"),
+        (["--prompt", "x", "--max_new_tokens", "0"], "max_new_tokens=0 must be at least 1"),
+        (["--prompt", "x", "--num_samples", "0"], "num_samples=0 must be at least 1"),
+        (["--prompt", "x", "--model", "gpt2"], "goes with --source pretrained"),
+        (["--prompt", "\udcff"], "not valid Unicode"),
+        (["--promt", "x"], "--prompt"),
+    ],
+)
+def test_generate_refuses(door: Door, model_dir: Path, flags: list[str], rule: str) -> None:
+    assert rule in door.refuses("generate", "--source", model_dir, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        (["--model", "gpt3"], "unknown model size 'gpt3'; the sizes are gpt2, gpt2-medium"),
+        (["--weights", "nowhere.pt"], "nowhere.pt"),
+        (["--source", "nowhere"], "'nowhere' is no directory"),
+        (["--source", "."], ". holds no weights"),
+    ],
+)
+def test_generate_refuses_models(door: Door, flags: list[str], rule: str) -> None:
+    assert rule in door.refuses("generate", "--prompt", "x", *flags)
+
+
+def test_truncated_weights_are_refused(door: Door, model_dir: Path) -> None:
+    file = model_dir / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    line = door.refuses("generate", "--source", model_dir, "--prompt", "x")
+    assert "model.safetensors are damaged" in line
+
+
+def test_a_checkpoint_cut_short_is_refused(door: Door, dataset: Path, config_file: Path) -> None:
+    assert door("train", "--config", config_file)[0] == 0
+    for file in (dataset.parents[1] / "run/checkpoints/3/params").rglob("*"):
+        if file.is_file() and file.stat().st_size > 100_000:
+            file.write_bytes(file.read_bytes()[:-5000])
+    line = door.refuses("generate", "--source", "run", "--prompt", "x")
+    assert "cannot be restored" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        ([], "--config is missing"),
+        (["--config", "nowhere.py"], "config file nowhere.py does not exist"),
+        (["--config", "config.py", "--optimizer.lerning_rate", "1"], "--optimizer.learning_rate?"),
+        (["--config", "config.py", "--stesp", "1"], "did you mean --steps?"),
+        (["--config", "config.py", "--steps", "many"], "--steps"),
+        (["--config", "config.py", "--steps", "0"], "steps=0 must be"),
+        (["--config", "config.py", "--data.path", "nowhere"], "nowhere does not exist"),
+        (["--config", "config.py", "--data.batch_size", "5"], "not a multiple"),
+        (["--config", "config.py", "--data.batch_size", "500"], "fewer than one batch"),
+        (["--config", "config.py", "--model.vocab_size", "300"], "outside the vocabulary of 300"),
+        (["--config", "config.py", "--run_dir", "text.txt"], "cannot write run directory"),
+    ],
+)
+@pytest.mark.usefixtures("config_file")
+def test_train_refuses(door: Door, dataset: Path, flags: list[str], rule: str) -> None:
+    assert rule in door.refuses("train", *flags)
+    assert not (dataset.parents[1] / "run").exists()
+
+
+def test_a_misspelt_config_key_is_named(door: Door, config_file: Path) -> None:
+    config_file.write_text(config_file.read_text().replace("warmup_steps", "warmup_stesp"))
+    line = door.refuses("train", "--config", config_file)
+    assert "'warmup_stesp'; did you mean 'warmup_steps'?" in line
+    assert "line 10" in line
+
+
+@pytest.mark.usefixtures("dataset")
+def test_a_run_directory_is_never_mixed(door: Door, config_file: Path, tmp_path: Path) -> None:
+    assert door("train", "--config", config_file)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert "run already holds a run" in door.refuses("train", "--config", config_file)
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert after == before
+    assert door("train", "--config", config_file, "--steps", 2, "--overwrite")[0] == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 2
+
+
+def test_text_that_is_not_utf8_is_refused(door: Door, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    line = door.refuses("prepare_custom_text", "--input", "latin.txt", "--output", "data/x")
+    assert "latin.txt is not UTF-8 text: byte 0xe9 at offset 1" in line
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        (["--input", "nowhere", "--output", "out"], "nowhere does not exist"),
+        (["--input", ".", "--output", "out", "--pattern", "*.md"], "matches '*.md'"),
+        (["--input", "empty.txt", "--output", "out"], "too little text"),
+        (["--input", "empty.txt", "--output", "out", "--validation_fraction", "1"], "between"),
+        (["--output", "out"], "--input"),
+    ],
+)
+def test_prepare_refuses(door: Door, tmp_path: Path, flags: list[str], rule: str) -> None:
+    (tmp_path / "empty.txt").touch()
+    assert rule in door.refuses("prepare_custom_text", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_text_is_not_shakespeare(door: Door, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text(TEXT)
+    line = door.refuses("prepare_shakespeare", "--input", "other.txt")
+    assert "other.txt is not tiny Shakespeare: its sha256 is" in line
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SCRIPTS.glob("*.py")))
+def test_every_script_explains_its_flags(door: Door, name: str) -> None:
+    code, out, err = door(name, "--help")
+    assert (code, err) == (0, "")
+    assert "--help" in out
+
+
+def test_help_shows_the_configs_values(door: Door, config_file: Path) -> None:
+    _, out, _ = door("train", "--config", config_file, "--help")
+    assert "optimizer steps (default: 3)" in out
+    assert "--optimizer.learning_rate FLOAT" in out
