@@ -78,6 +78,12 @@ def test_the_seed_fixes_the_text_and_the_row_whatever_the_batch(tiny_config, tin
     assert len({tuple(text) for text in same}) == 3
 
 
+@pytest.mark.xfail(strict=True, reason="only the seed's last 32 bits are used")
+def test_a_seed_beyond_32_bits_is_refused_rather_than_cut(tiny_config, tiny_params):
+    with pytest.raises(UserError, match="seed"):
+        generate(tiny_params, tiny_config, PROMPTS, max_new_tokens=9, sampling=WARM, seed=2**32)
+
+
 def test_prompts_in_one_bucket_share_one_program(tiny_config, tiny_params):
     def programs(prompts, **options):
         generate(tiny_params, tiny_config, prompts, **{"max_new_tokens": 9, **options})
@@ -118,7 +124,7 @@ def test_there_must_be_something_to_generate(tiny_config, tiny_params):
         generate(tiny_params, tiny_config, [[1]], max_new_tokens=0)
 
 
-def test_generation_in_bfloat16_stays_in_the_vocabulary(tiny_config, tiny_params):
-    (text,) = generate(tiny_params, tiny_config, [[1]], max_new_tokens=32, dtype=jnp.bfloat16)
+def test_generation_in_bfloat16_stays_in_the_vocabulary(shallow_config, shallow_params):
+    (text,) = generate(shallow_params, shallow_config, [[1]], max_new_tokens=32, dtype=jnp.bfloat16)
     assert len(text) == 32
     assert all(0 <= token < 97 for token in text)

@@ -115,8 +115,9 @@ def test_steps_are_those_of_adamw_behind_clipping():
 
     params = jax.tree.map(jnp.asarray, initial)
     state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
     for grads in gradients:
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
 
     rates = [get_lr(step, 0.1, settings.final_learning_rate, 2, 3) for step in range(3)]

@@ -95,15 +95,15 @@ def test_results_are_float32_and_gradients_have_their_operands_dtype(compute, dt
     assert tuple(grad.dtype.name for grad in grads) == dtypes
 
 
-def test_bfloat16_strays_little_from_float32_over_the_whole_model(tiny_config, tiny_params):
+def test_bfloat16_strays_little_from_float32_over_the_whole_model(shallow_config, shallow_params):
     tokens_BT = np.random.default_rng(2).integers(0, 97, (2, 9)).astype(np.int32)
 
     def lower(dtype):
         def loss(params):
             key = jax.random.key(0)
-            return batch_loss(params, tokens_BT, key, model=GPT2(tiny_config, dtype=dtype))
+            return batch_loss(params, tokens_BT, key, model=GPT2(shallow_config, dtype=dtype))
 
-        return jax.jit(jax.value_and_grad(loss)).lower(tiny_params)
+        return jax.jit(jax.value_and_grad(loss)).lower(shallow_params)
 
     lowered, lowered16 = lower(jnp.float32), lower(jnp.bfloat16)
     # One float32 operand would make a product float32, at a fraction of the speed.
@@ -114,7 +114,7 @@ def test_bfloat16_strays_little_from_float32_over_the_whole_model(tiny_config, t
         assert result.endswith("xf32>"), result
 
     (loss, grads), (loss16, grads16) = (
-        program.compile()(tiny_params) for program in (lowered, lowered16)
+        program.compile()(shallow_params) for program in (lowered, lowered16)
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(grads16)} == {jnp.dtype(jnp.float32)}
     flat, flat16 = (

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import sys
 
+import huggingface_hub
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub.errors import HTTPError
 from safetensors.numpy import save_file
 
 from gpt2_jax.errors import UserError
@@ -178,6 +180,16 @@ def test_a_torch_file_without_torch_says_what_to_install(directory, monkeypatch)
     for source in (directory, directory / "pytorch_model.bin"):
         with pytest.raises(UserError, match=r"pytorch_model\.bin needs PyTorch; pip install torch"):
             load_pretrained(source)
+
+
+@pytest.mark.xfail(strict=True, reason="the client's transport errors are no OSError")
+def test_a_download_that_breaks_off_says_what_to_do(monkeypatch):
+    def break_off(*_, **__):
+        raise HTTPError("peer closed connection without sending complete message body")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", break_off)
+    with pytest.raises(UserError, match=r"peer closed connection .*give a local copy"):
+        load_pretrained("gpt2")
 
 
 def test_scripts_name_a_directory_as_their_source(directory, tiny_config, tiny_params):

@@ -1,6 +1,5 @@
 """One training step as a pure function, and the loss it lowers."""
 
-import dataclasses
 import functools
 import math
 
@@ -20,14 +19,9 @@ TOKENS_BT = np.random.default_rng(6).integers(0, 97, (4, 9)).astype(np.int32)
 
 
 @pytest.fixture(scope="module")
-def config(tiny_config):
-    return dataclasses.replace(tiny_config, n_layer=1)
-
-
-@pytest.fixture(scope="module")
-def initial(config):
+def initial(shallow_config):
     """The state before the first step, with the simplest optimizer: p - RATE * gradient."""
-    return jax.jit(functools.partial(init_state, GPT2(config), optax.sgd(RATE)))(KEY)
+    return jax.jit(functools.partial(init_state, GPT2(shallow_config), optax.sgd(RATE)))(KEY)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -53,8 +47,8 @@ def trees_equal(first, second):
     return jax.tree.all(jax.tree.map(np.array_equal, first, second))
 
 
-def test_an_untrained_model_finds_every_token_equally_likely(config, initial):
-    loss_B = evaluate(initial.params, TOKENS_BT, model=GPT2(config))
+def test_an_untrained_model_finds_every_token_equally_likely(shallow_config, initial):
+    loss_B = evaluate(initial.params, TOKENS_BT, model=GPT2(shallow_config))
     assert loss_B.shape == (4,)
     # Logits of deviation 0.02 sqrt(32) = 0.11 add 0.006 on average, and scatter by 0.11 / sqrt(8)
     # over a row's 8 targets.
@@ -63,18 +57,20 @@ def test_an_untrained_model_finds_every_token_equally_likely(config, initial):
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_accumulated_gradients_are_those_of_the_whole_batch(config, initial, micro_batch_size):
-    whole, whole_metrics = sgd_step(config, 4, initial, TOKENS_BT)
-    state, metrics = sgd_step(config, micro_batch_size, initial, TOKENS_BT)
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    shallow_config, initial, micro_batch_size
+):
+    whole, whole_metrics = sgd_step(shallow_config, 4, initial, TOKENS_BT)
+    state, metrics = sgd_step(shallow_config, micro_batch_size, initial, TOKENS_BT)
     # float32 sums in another order; parameters are below 1, the loss below 5.
     assert_trees_close(state.params, whole.params, rtol=0, atol=1e-6)
     assert_trees_close(metrics, whole_metrics, rtol=1e-6)
     assert state.step == whole.step == 1
 
 
-def test_metrics_are_the_loss_before_the_update_and_the_gradients_norm(config, initial):
-    state, metrics = sgd_step(config, 4, initial, TOKENS_BT)
-    loss_B = evaluate(initial.params, TOKENS_BT, model=GPT2(config))
+def test_metrics_are_the_loss_before_the_update_and_the_gradients_norm(shallow_config, initial):
+    state, metrics = sgd_step(shallow_config, 4, initial, TOKENS_BT)
+    loss_B = evaluate(initial.params, TOKENS_BT, model=GPT2(shallow_config))
     np.testing.assert_allclose(metrics.loss, loss_B.mean(), rtol=1e-6)
     squares = jax.tree.map(
         lambda before, after: np.sum(np.square((before - after) / RATE)),
@@ -88,18 +84,18 @@ def test_metrics_are_the_loss_before_the_update_and_the_gradients_norm(config, i
     assert metrics.loss.dtype == metrics.grad_norm.dtype == jnp.float32
 
 
-def test_repeated_steps_on_one_batch_lower_its_loss(config, initial):
+def test_repeated_steps_on_one_batch_lower_its_loss(shallow_config, initial):
     state, losses = initial, []
     for _ in range(8):
-        state, metrics = sgd_step(config, 4, state, TOKENS_BT)
+        state, metrics = sgd_step(shallow_config, 4, state, TOKENS_BT)
         losses.append(float(metrics.loss))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.3
     assert state.step == 8
 
 
-def test_a_step_is_a_function_of_its_arguments_bit_for_bit(config, initial):
-    first, again = (sgd_step(config, 2, initial, TOKENS_BT) for _ in range(2))
+def test_a_step_is_a_function_of_its_arguments_bit_for_bit(shallow_config, initial):
+    first, again = (sgd_step(shallow_config, 2, initial, TOKENS_BT) for _ in range(2))
     assert trees_equal(first, again)
 
 

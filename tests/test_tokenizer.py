@@ -69,6 +69,14 @@ def test_a_lone_surrogate_is_refused_with_its_place():
         encode("ab\ud800c")
 
 
+@pytest.mark.xfail(
+    strict=True, raises=ValueError, reason="the tokenizer's regular expression runs out of stack"
+)
+def test_a_million_spaces_come_back_as_they_were():
+    text = " " * 1_000_000 + "x"
+    assert decode(encode(text)) == text
+
+
 @pytest.mark.parametrize("token", [50257, -1, 2**40])
 def test_an_id_outside_the_vocabulary_is_refused(token):
     with pytest.raises(UserError, match=f"token id {token} "):
