@@ -71,6 +71,9 @@ class Embedding(nn.Module):
 
     def __call__(self, indices: jax.Array) -> jax.Array:
         """Looks up rows: indices of any shape [...] to float32 [..., D]; NaN outside the table."""
+        inside = (indices >= 0) & (indices < self.rows)
+        # Neither the padding nor, counted from the end, the last rows may answer.
+        indices = jnp.where(inside, indices.astype(jnp.int32), self.embedding.shape[0])
         return jnp.take(self.embedding, indices, axis=0, mode="fill", fill_value=jnp.nan)
 
     def first_rows(self, count: int) -> jax.Array:

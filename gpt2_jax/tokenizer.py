@@ -7,6 +7,8 @@ package. Their sha256 are the ones tiktoken itself checks for "gpt2".
 import functools
 import hashlib
 import importlib.util
+import itertools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 50256
 VOCAB_SIZE = 50257
 
+_LONG_RUN = re.compile(r"[ \t\n\r]{10000,}(?=\S)")
 _SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -46,8 +49,11 @@ def encode(text: str, *, allow_end_of_text: bool = False) -> np.ndarray:
             f"({text[error.start]!r}); give text in UTF-8"
         ) from None
     allowed = {END_OF_TEXT} if allow_end_of_text else set()
-    tokens = _encoding().encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
-    return tokens.astype(np.uint16)
+    parts = [
+        _encoding().encode_to_numpy(part, allowed_special=allowed, disallowed_special=())
+        for part in _split_long_runs(text)
+    ]
+    return np.concatenate(parts).astype(np.uint16)
 
 
 def decode(tokens: Iterable[int]) -> str:
@@ -64,6 +70,17 @@ def decode(tokens: Iterable[int]) -> str:
                 f"the model was trained with another tokenizer"
             )
     return _encoding().decode(ids)
+
+
+def _split_long_runs(text: str) -> list[str]:
+    """Cuts inside very long runs of white space, where the tokenizer's pattern cuts as well.
+
+    The pattern takes a run without its last character, which belongs to what follows. It finds
+    that place by backtracking, and its stack ends at some hundred thousand characters.
+    """
+    cuts = [match.end() - 1 for match in _LONG_RUN.finditer(text)]
+    bounds = [0, *cuts, len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 @functools.cache

@@ -51,6 +51,8 @@ def main() -> None:
     from gpt2_jax.sources import load_source
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
+    if not 0 <= flags.seed < 2**32:
+        raise UserError(f"seed={flags.seed} must be in [0, 2^32)")
     for name in ("max_new_tokens", "num_samples"):
         if getattr(flags, name) < 1:
             raise UserError(f"{name}={getattr(flags, name)} must be at least 1")

@@ -203,13 +203,7 @@ def test_what_the_hub_does_not_have_is_named(online):
     [
         (("gpt2", None), 1.0),
         (("gpt2", "older"), 2.0),
-        pytest.param(
-            ("gpt2-xl", None),
-            3.0,
-            marks=pytest.mark.xfail(
-                strict=True, reason="the missing single file counts as a missing model"
-            ),
-        ),
+        (("gpt2-xl", None), 3.0),
     ],
     ids=str,
 )

@@ -49,9 +49,6 @@ def test_the_schedule_is_build_nanogpts(warmup_steps):
     assert_schedule(dataclasses.replace(SETTINGS, warmup_steps=warmup_steps), 25)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the warm-up is cut to the run's length and so rises faster than it says"
-)
 def test_a_run_shorter_than_its_warm_up_sees_the_warm_ups_beginning():
     assert_schedule(dataclasses.replace(SETTINGS, warmup_steps=100), 25)
 

@@ -81,6 +81,19 @@ def test_float32_products_are_not_rounded(spec):
     assert relative_error(einsum(spec, x, y, jnp.float32), expected) < 2e-6
 
 
+def test_float32_products_ask_for_float32_forward_and_backward():
+    """Left to choose, a GPU would take TensorFloat-32, with the 11 significant bits of float16."""
+
+    def total(x, y):
+        return jnp.square(einsum("BTD,DF->BTF", x, y, jnp.float32)).sum()
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1)))
+    program = gradients.lower(jnp.ones((2, 3, 5)), jnp.ones((5, 7))).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 @pytest.mark.parametrize("compute", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_results_are_float32_and_gradients_have_their_operands_dtype(compute, dtypes):

@@ -182,7 +182,6 @@ def test_a_torch_file_without_torch_says_what_to_install(directory, monkeypatch)
             load_pretrained(source)
 
 
-@pytest.mark.xfail(strict=True, reason="the client's transport errors are no OSError")
 def test_a_download_that_breaks_off_says_what_to_do(monkeypatch):
     def break_off(*_, **__):
         raise HTTPError("peer closed connection without sending complete message body")

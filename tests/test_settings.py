@@ -110,7 +110,6 @@ def test_bad_optimizer_values_are_named(name, bad):
         settings(optimizer=OptimizerSettings(**{name: bad}))
 
 
-@pytest.mark.xfail(strict=True, reason="neither is checked to be whole")
 @pytest.mark.parametrize(
     "fields",
     [

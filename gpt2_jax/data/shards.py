@@ -3,11 +3,12 @@
     DIR/train_000000.npy, train_000001.npy, ..., val_000000.npy, ..., dataset.json
 
 build-nanogpt writes the same kind of file, under names such as edufineweb_train_000001.npy;
-any name with the split in it is read.
+any name with the split as a word in it is read.
 """
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -31,7 +32,7 @@ def write_dataset(
 ) -> dict[str, Any]:
     """Writes token streams as shards; the directory appears whole or not at all.
 
-    Writing what is already there is no error and changes nothing.
+    Writing what is already there is no error: it changes nothing, or mends broken shards.
 
     Args:
       directory: where to; its parent is made if need be.
@@ -86,10 +87,12 @@ def read_shards(directory: Path, split: str, vocab_size: int) -> list[np.ndarray
             f"data directory {directory} does not exist; "
             f"make one with scripts/prepare_custom_text.py or give another --data.path"
         )
-    files = sorted(directory.glob(f"*{split}*.npy"))
+    # The split is a word of the name: medieval_train_0.npy is no validation shard.
+    word = re.compile(rf"(^|[^a-z]){split}([^a-z]|$)")
+    files = sorted(file for file in directory.glob("*.npy") if word.search(file.stem))
     if not files:
         raise UserError(
-            f"{directory} holds no {split} shard (*{split}*.npy); prepare the data anew"
+            f"{directory} holds no {split} shard, such as {split}_000000.npy; prepare the data anew"
         )
     return [_open_shard(file, vocab_size) for file in files]
 
@@ -120,8 +123,7 @@ def _write_shards(
         part = np.ascontiguousarray(tokens[start : start + shard_tokens], np.uint16)
         file = directory / f"{split}_{index:06d}.npy"
         np.save(file, part, allow_pickle=False)
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        shards.append({"file": file.name, "tokens": len(part), "sha256": digest})
+        shards.append({"file": file.name, "tokens": len(part), "sha256": _sha256(file)})
     return shards
 
 
@@ -135,25 +137,38 @@ def _already_there(directory: Path, description: dict[str, Any], overwrite: bool
         raise UserError(
             f"{directory} exists and is not a dataset of ours; choose another --output"
         ) from None
-    if present == description:
+    if present == description and _intact(directory, description):
         return True
-    if not overwrite:
+    if present != description and not overwrite:
         raise UserError(
             f"{directory} holds another dataset; choose another --output or pass --overwrite"
         )
     return False
 
 
+def _intact(directory: Path, description: dict[str, Any]) -> bool:
+    """Whether every shard has the sha256 that dataset.json gives it."""
+    shards = {directory / shard["file"]: shard["sha256"] for shard in description["shards"]}
+    return all(file.is_file() and _sha256(file) == digest for file, digest in shards.items())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
 def _move_into_place(scratch: Path, directory: Path) -> None:
     """Renames scratch to directory; an older dataset steps aside first and goes last."""
-    if directory.exists() and any(directory.iterdir()):
-        aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-        directory.replace(aside)
+    if not directory.exists():
+        scratch.replace(directory)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+    try:
+        directory.replace(aside / "old")
         try:
             scratch.replace(directory)
         except OSError:
-            aside.replace(directory)
+            (aside / "old").replace(directory)
             raise
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-    else:
-        scratch.replace(directory)

@@ -45,15 +45,18 @@ def generate(
       prompts: token ids, at least one a prompt.
       max_new_tokens: new tokens for every row, at most.
       sampling: how tokens are chosen.
-      seed: of the random draws.
+      seed: of the random draws, in [0, 2^32).
       dtype: compute dtype.
 
     Returns:
       The new tokens of every row, <|endoftext|> included where it ended the row.
 
     Raises:
-      UserError: if a prompt is empty, longer than the context, or holds an unknown token.
+      UserError: if a prompt is empty, longer than the context, or holds an unknown token; if
+        `seed` or `max_new_tokens` is out of range.
     """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} must be in [0, 2^32)")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not prompts:

@@ -34,15 +34,17 @@ class Sampling:
                 f"temperature={self.temperature} must be finite and not negative; "
                 f"0 takes the likeliest token"
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k={self.top_k} must be at least 1; leave it out to keep all")
+        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
+            raise UserError(
+                f"top_k={self.top_k} must be a whole number of at least 1; leave it out to keep all"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be in (0, 1]; leave it out to keep all")
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, so that nothing is random."""
-        return self.temperature == 0
+        return self.temperature < float(jnp.finfo(jnp.float32).tiny)
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -70,6 +72,8 @@ def keep_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
     Keeps the smallest set of likeliest tokens whose probabilities sum to at least p, and always
     the likeliest.
     """
+    if p >= 1:
+        return logits_BV  # the running sum below may round to 1 before the last tokens
     order_BV = jnp.argsort(-logits_BV, axis=-1, stable=True)
     sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
@@ -86,5 +90,7 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
     """
     if sampling.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    # Largest at zero: a tiny temperature then sends the others to -inf, and nothing to nan.
+    logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     logits_BV = apply_rules(logits_BV, sampling)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

@@ -132,7 +132,6 @@ def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -147,9 +146,8 @@ def _download(repo_id: str, revision: str | None) -> Path:
         directory = fetch("config.json").parent
         try:
             fetch(weight_files.SAFETENSORS)
-        except LocalEntryNotFoundError:
-            raise
         except EntryNotFoundError:
+            # Large models come in shards. Offline, an absent file is one the cache doesn't have.
             for name in weight_files.shard_names(fetch(weight_files.SAFETENSORS_INDEX)):
                 fetch(name)
     except RevisionNotFoundError:
@@ -163,7 +161,10 @@ def _download(repo_id: str, revision: str | None) -> Path:
             f"{repo_id} is not in the cache and the hub cannot be reached or lacks a file "
             f"({str(error).split(chr(10))[0]}); connect, set HF_ENDPOINT, or give a local copy"
         ) from None
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        # The hub's client passes on whatever its transport raises.
         raise UserError(
             f"{repo_id} cannot be downloaded ({str(error).split(chr(10))[0]}); "
             f"connect, set HF_ENDPOINT, or give a local copy"

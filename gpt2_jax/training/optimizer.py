@@ -11,19 +11,16 @@ def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> optax.Sch
     """Linear warm-up, then half a cosine: build-nanogpt's `get_lr`.
 
     Step i of the warm-up has (i + 1) / warmup_steps of the peak, so that step 0 already
-    learns; the cosine starts at the peak and would reach the final rate at step `steps`.
+    learns; the cosine starts at the peak and would reach the final rate at step `steps`. A run
+    shorter than its warm-up sees only the beginning of it.
     """
-    peak, warmup = settings.learning_rate, min(settings.warmup_steps, steps)
+    peak, warmup = settings.learning_rate, settings.warmup_steps
     decay = optax.cosine_decay_schedule(
         peak, max(steps - warmup, 1), alpha=settings.final_learning_rate / peak if peak else 0.0
     )
     if warmup == 0:
         return decay
-    if warmup == 1:
-        rise = optax.constant_schedule(peak)
-    else:
-        rise = optax.linear_schedule(peak / warmup, peak, warmup - 1)
-    return optax.join_schedules([rise, decay], [warmup])
+    return optax.join_schedules([lambda step: peak * (step + 1) / warmup, decay], [warmup])
 
 
 def decay_mask(params: Params) -> Params:

@@ -54,6 +54,7 @@ class Recorder:
         """Measures and records the validation loss after `step` updates."""
         self.flush()
         loss = evaluate(params)
+        _check_finite(step, f"validation loss {loss}", loss)
         self._log.write({"step": step, "val_loss": loss})
         self._display.say(f"step {step}  validation loss {loss:.4f}")
         self._clock = time.perf_counter()
@@ -62,11 +63,7 @@ class Recorder:
         loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise UserError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}; the run diverged, "
-                f"lower --optimizer.learning_rate or lengthen --optimizer.warmup_steps"
-            )
+        _check_finite(step, f"loss {loss}, gradient norm {grad_norm}", loss, grad_norm)
         learning_rate = float(self._schedule(step))
         self._log.write(
             {
@@ -78,3 +75,11 @@ class Recorder:
             }
         )
         self._display.step(step, loss, learning_rate, self._tokens_per_step, seconds)
+
+
+def _check_finite(step: int, report: str, *values: float) -> None:
+    if not all(map(math.isfinite, values)):
+        raise UserError(
+            f"step {step}: {report}; the run diverged, lower --optimizer.learning_rate or "
+            f"lengthen --optimizer.warmup_steps"
+        )

@@ -105,10 +105,10 @@ class TrainSettings:
             "log_every": self.log_every,
         }
         for name, value in positive.items():
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise UserError(f"{name}={value!r} must be a whole number of at least 1")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"seed={self.seed} must be in [0, 2^31)")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**31:
+            raise UserError(f"seed={self.seed} must be a whole number in [0, 2^31)")
         if self.dtype not in ("bfloat16", "float32"):
             raise UserError(f"dtype={self.dtype!r} must be bfloat16 or float32")
         self._check_data()
@@ -141,8 +141,9 @@ class TrainSettings:
             value = getattr(optimizer, name)
             if not 0 <= value < 1:
                 raise UserError(f"optimizer.{name}={value} must be in [0, 1)")
-        if optimizer.warmup_steps < 0:
-            raise UserError(f"optimizer.warmup_steps={optimizer.warmup_steps} is negative; use 0")
+        warmup = optimizer.warmup_steps
+        if type(warmup) is not int or warmup < 0:
+            raise UserError(f"optimizer.warmup_steps={warmup} must be a whole number, 0 or more")
 
 
 def load_config_file(path: Path) -> TrainSettings:
