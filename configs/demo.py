@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/demo.py
 
-7.2 million parameters (6.4 of them the embedding), 125,000 training tokens, 5 epochs.
+7.2 million parameters (6.4 of them the embedding), 125,000 training tokens, 4 epochs.
 Hardware: any. HARDWARE_FIGURES
 """
 
@@ -16,7 +16,7 @@ from gpt2_jax.training.settings import (
 
 config = TrainSettings(
     run_dir="runs/demo",
-    steps=300,
+    steps=250,
     model=GPT2Config(
         n_positions=128,
         n_embd=128,

@@ -23,7 +23,8 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 50256
 VOCAB_SIZE = 50257
 
-_LONG_RUN = re.compile(r"[ \t\n\r]{10000,}(?=\S)")
+# White space as the tokenizer's pattern has it; Python's own also counts U+001C to U+001F.
+_LONG_RUN = re.compile(r"[^\S\x1c-\x1f]{10000,}")
 _SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -78,7 +79,8 @@ def _split_long_runs(text: str) -> list[str]:
     The pattern takes a run without its last character, which belongs to what follows. It finds
     that place by backtracking, and its stack ends at some hundred thousand characters.
     """
-    cuts = [match.end() - 1 for match in _LONG_RUN.finditer(text)]
+    ends = [match.end() for match in _LONG_RUN.finditer(text)]
+    cuts = [end - 1 for end in ends if end < len(text)]
     bounds = [0, *cuts, len(text)]
     return [text[start:end] for start, end in itertools.pairwise(bounds)]
 

@@ -110,13 +110,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch, function):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "failing_call",
-    [
-        0,
-        1,
-    ],
-)
+@pytest.mark.parametrize("failing_call", [0, 1])
 def test_a_failed_replacement_leaves_the_old_dataset(tmp_path, monkeypatch, failing_call):
     directory = tmp_path / "data"
     write_dataset(directory, SPLITS)
@@ -132,6 +126,24 @@ def test_a_failed_replacement_leaves_the_old_dataset(tmp_path, monkeypatch, fail
         write_dataset(directory, {"train": VAL, "val": TRAIN}, overwrite=True)
     assert contents(directory) == before
     assert names(tmp_path) == ["data"]
+
+
+def test_a_replacement_stopped_by_the_user_leaves_the_old_dataset(tmp_path, monkeypatch):
+    directory = tmp_path / "data"
+    write_dataset(directory, SPLITS)
+    before = contents(directory)
+    replace, calls = os.replace, []
+
+    def replace_or_stop(source, target, **options):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return replace(source, target, **options)
+
+    monkeypatch.setattr(os, "replace", replace_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(directory, {"train": VAL, "val": TRAIN}, overwrite=True)
+    assert contents(directory) == before
 
 
 def test_a_file_in_the_way_is_named(tmp_path):

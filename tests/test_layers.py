@@ -69,15 +69,7 @@ def test_rows_that_pad_a_table_start_at_zero_and_are_no_output(padded_table):
     assert logits_BTV.shape == (1, 2, 97)
 
 
-@pytest.mark.parametrize(
-    "index",
-    [
-        128,
-        1000,
-        97,
-        -1,
-    ],
-)
+@pytest.mark.parametrize("index", [97, 128, 1000, -1])
 def test_a_row_outside_the_table_is_nan(padded_table, index):
     layer, variables = padded_table
     assert np.isnan(layer.apply(variables, jnp.array([index]))).all()

@@ -132,14 +132,7 @@ def test_greedy_takes_the_likeliest_and_of_equals_the_first():
     assert not Sampling().greedy
 
 
-@pytest.mark.parametrize(
-    "temperature",
-    [
-        1e-3,
-        1e-30,
-        1e-39,
-    ],
-)
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-37, 1.2e-38, 1e-39, 1e-300])
 def test_a_tiny_temperature_is_greedy(temperature):
     keys_B = jax.random.split(jax.random.key(0), 3)
     tokens_B = choose(jnp.asarray(LOGITS_BV), keys_B, Sampling(temperature=temperature))

@@ -69,9 +69,27 @@ def test_a_lone_surrogate_is_refused_with_its_place():
         encode("ab\ud800c")
 
 
-def test_a_million_spaces_come_back_as_they_were():
-    text = " " * 1_000_000 + "x"
+@pytest.mark.parametrize(
+    ("space", "after"),
+    [
+        (" ", "x"),
+        (" \n", "x"),
+        (" ", ""),
+        ("\u00a0", "x"),
+        ("\f", "x"),
+    ],
+)
+def test_a_million_spaces_come_back_as_they_were(space, after):
+    text = space * (1_000_000 // len(space)) + after
     assert decode(encode(text)) == text
+
+
+@pytest.mark.parametrize("space", [" ", "\n", " \n", "\t ", "\r\n"])
+@pytest.mark.parametrize("after", ["", "x", "1", "'s", "\u00a0x", "\x1c"])
+def test_long_runs_of_spaces_have_the_ids_of_the_whole_text(space, after):
+    """They are cut before the tokenizer sees them, which must not show."""
+    text = "before" + space * (12_000 // len(space)) + after
+    assert encode(text).tolist() == tokenizer._encoding().encode_ordinary(text)
 
 
 @pytest.mark.parametrize("token", [50257, -1, 2**40])

@@ -65,8 +65,7 @@ def write_dataset(
             ],
         }
         (scratch / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
-        if not _already_there(directory, description, overwrite):
-            _move_into_place(scratch, directory)
+        _install(scratch, directory, description, overwrite)
     except OSError as error:
         raise UserError(
             f"cannot write {directory}: {error.strerror}; free space or choose another"
@@ -127,48 +126,57 @@ def _write_shards(
     return shards
 
 
-def _already_there(directory: Path, description: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the directory already holds just this dataset; complains if it holds another."""
+def _install(scratch: Path, directory: Path, description: dict[str, Any], overwrite: bool) -> None:
+    """Brings the dataset in scratch to its place, or complains if something else is there."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return False
+        scratch.replace(directory)
+        return
     try:
         present = json.loads((directory / "dataset.json").read_text())
-    except (OSError, ValueError):
+        files = {"dataset.json", *(shard["file"] for shard in present["shards"])}
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{directory} exists and is not a dataset of ours; choose another --output"
         ) from None
-    if present == description and _intact(directory, description):
-        return True
-    if present != description and not overwrite:
+    if present == description:
+        _mend(scratch, directory, description)
+        return
+    foreign = sorted(path.name for path in directory.iterdir() if path.name not in files)
+    if foreign:
+        raise UserError(
+            f"{directory} holds another dataset and {foreign[0]}; choose another --output"
+        )
+    if not overwrite:
         raise UserError(
             f"{directory} holds another dataset; choose another --output or pass --overwrite"
         )
-    return False
+    _swap(scratch, directory)
 
 
-def _intact(directory: Path, description: dict[str, Any]) -> bool:
-    """Whether every shard has the sha256 that dataset.json gives it."""
-    shards = {directory / shard["file"]: shard["sha256"] for shard in description["shards"]}
-    return all(file.is_file() and _sha256(file) == digest for file, digest in shards.items())
+def _mend(scratch: Path, directory: Path, description: dict[str, Any]) -> None:
+    """Replaces the shards that do not have the sha256 dataset.json gives them."""
+    for shard in description["shards"]:
+        file = directory / shard["file"]
+        if not file.is_file() or _sha256(file) != shard["sha256"]:
+            (scratch / shard["file"]).replace(file)
+
+
+def _swap(scratch: Path, directory: Path) -> None:
+    """Renames scratch to directory; what was there steps aside first and goes last."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+    try:
+        directory.replace(aside)
+        scratch.replace(directory)
+    except BaseException:
+        # An interrupt too must leave the old dataset in its place.
+        if directory.exists():
+            aside.rmdir()
+        else:
+            aside.replace(directory)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sha256(file: Path) -> str:
     with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
-
-
-def _move_into_place(scratch: Path, directory: Path) -> None:
-    """Renames scratch to directory; an older dataset steps aside first and goes last."""
-    if not directory.exists():
-        scratch.replace(directory)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-    try:
-        directory.replace(aside / "old")
-        try:
-            scratch.replace(directory)
-        except OSError:
-            (aside / "old").replace(directory)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

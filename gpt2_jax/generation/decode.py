@@ -59,15 +59,15 @@ def generate(
         raise UserError(f"seed={seed} must be in [0, 2^32)")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if not prompts:
+    if len(prompts) == 0:
         return []
     for prompt in prompts:
         check_prompt(prompt, config)
     lengths = [len(prompt) for prompt in prompts]
-    limits_B = np.minimum(max_new_tokens, room(config, np.array(lengths)))
+    limits = [min(max_new_tokens, room(config, length)) for length in lengths]
     prompt_slots = _bucket(max(lengths), config.n_positions)
     cache_slots = _bucket(
-        max(prompt_slots, int(np.max(lengths + limits_B)) - 1), config.n_positions
+        max(prompt_slots, max(map(sum, zip(lengths, limits, strict=True))) - 1), config.n_positions
     )
     tokens_BT = np.zeros((len(prompts), prompt_slots), np.int32)
     for row, prompt in enumerate(prompts):
@@ -76,7 +76,7 @@ def generate(
         params,
         tokens_BT,
         np.array(lengths, np.int32),
-        limits_B.astype(np.int32),
+        np.array(limits, np.int32),
         jax.random.key(seed),
         model=GPT2(config, dtype=dtype),
         sampling=sampling,
@@ -105,7 +105,7 @@ def check_prompt(prompt: Sequence[int], config: GPT2Config) -> None:
             )
 
 
-def room(config: GPT2Config, prompt_length: int | np.ndarray) -> int | np.ndarray:
+def room(config: GPT2Config, prompt_length: int) -> int:
     """How many tokens can follow a prompt before the context is full."""
     return config.n_positions - prompt_length + 1
 

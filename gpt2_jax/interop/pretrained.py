@@ -73,6 +73,8 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     path = Path(source)
     if revision is not None:
         raise UserError(f"revision={revision!r} is for models from the hub; {source} is local")
+    if not path.exists() and isinstance(source, Path):
+        raise UserError(f"weights {source} do not exist; give a file or a directory")
     if not path.exists():
         raise UserError(
             f"there is no pretrained model {str(source)!r}: it is neither a file or directory "

@@ -131,16 +131,16 @@ class TrainSettings:
         optimizer = self.optimizer
         for name in ("learning_rate", "final_learning_rate", "weight_decay"):
             value = getattr(optimizer, name)
-            if not 0 <= value < math.inf:
-                raise UserError(f"optimizer.{name}={value} must be finite and not negative")
+            if not _is_number(value) or not 0 <= value < math.inf:
+                raise UserError(f"optimizer.{name}={value!r} must be finite and not negative")
         for name in ("epsilon", "clip_norm"):
             value = getattr(optimizer, name)
-            if not 0 < value < math.inf:
-                raise UserError(f"optimizer.{name}={value} must be finite and above 0")
+            if not _is_number(value) or not 0 < value < math.inf:
+                raise UserError(f"optimizer.{name}={value!r} must be finite and above 0")
         for name in ("beta1", "beta2"):
             value = getattr(optimizer, name)
-            if not 0 <= value < 1:
-                raise UserError(f"optimizer.{name}={value} must be in [0, 1)")
+            if not _is_number(value) or not 0 <= value < 1:
+                raise UserError(f"optimizer.{name}={value!r} must be in [0, 1)")
         warmup = optimizer.warmup_steps
         if type(warmup) is not int or warmup < 0:
             raise UserError(f"optimizer.warmup_steps={warmup} must be a whole number, 0 or more")
@@ -186,6 +186,8 @@ def from_json(text: str, source: str) -> TrainSettings:
         for name, kind in _SECTIONS.items():
             fields[name] = kind(**fields[name])
         return TrainSettings(**fields)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{source} is not the config of a run ({error})") from None
 
@@ -198,12 +200,17 @@ _SECTIONS: dict[str, type] = {
 }
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _reason(error: Exception) -> str:
     """The error's text; for a misspelt field, with the nearest one there is."""
-    misspelt = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    kinds = (TrainSettings, *_SECTIONS.values())
+    names = "|".join(kind.__name__ for kind in kinds)
+    misspelt = re.search(rf"(?:{names})\.__init__.* keyword argument '(\w+)'", str(error))
     if not misspelt:
         return str(error)
-    kinds = (TrainSettings, *_SECTIONS.values())
     known = [field.name for kind in kinds for field in dataclasses.fields(kind)]
     near = difflib.get_close_matches(misspelt[1], known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "--help lists every setting"
