@@ -150,7 +150,7 @@ def test_weights_of_another_size_are_named(door: Door, model_dir: Path) -> None:
         (["--prompt", "x", "--top_p", "0"], "top_p=0.0 must be in (0, 1]"),
         (["--prompt", "x", "--top_p", "1.5"], "top_p=1.5 must be in (0, 1]"),
         (["--prompt", "x", "--top_p", "nan"], "top_p=nan must be in (0, 1]"),
-        (["--prompt", "x", "--top_k", "0"], "top_k=0 must be at least 1"),
+        (["--prompt", "x", "--top_k", "0"], "top_k=0 must be a whole number of at least 1"),
         (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must be finite"),
         (["--prompt", "x", "--max_new_tokens", "0"], "max_new_tokens=0 must be at least 1"),
         (["--prompt", "x", "--num_samples", "0"], "num_samples=0 must be at least 1"),
