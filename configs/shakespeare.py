@@ -5,7 +5,8 @@
 
 30 million parameters, two thirds of them the embedding, for 300 thousand training tokens: it
 learns the plays by heart if it is let, so dropout is on and the run short (15 epochs).
-Hardware: any. HARDWARE_FIGURES
+Hardware: any. Two cores of an EPYC server: 1,800 tokens/s, so about 42 minutes (an estimate:
+1,100 x 4,096 / 1,800 seconds). Measured on 20 steps: validation loss from 10.88 to 8.76.
 """
 
 from gpt2_jax.config import GPT2Config
