@@ -90,6 +90,6 @@ def test_a_checkpoint_of_another_model_is_refused(run_dir, tiny_config):
     other = param_shapes(dataclasses.replace(tiny_config, n_layer=3))
     with (
         Checkpoints(run_dir) as checkpoints,
-        pytest.raises(UserError, match=r"checkpoints/17 cannot be restored"),
+        pytest.raises(UserError, match=r"checkpoints/17 is of another model: its h_2/attn"),
     ):
         checkpoints.restore_params(other)

@@ -66,12 +66,36 @@ class Checkpoints:
         like = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device), like
         )
+        checkpoint = self._checkpointer.directory / str(step)
         try:
+            stored = self._checkpointer.checkpointables_metadata(step).metadata["params"]
+            _check_shapes(_shapes(stored), _shapes(like["params"]), str(checkpoint))
             return self._checkpointer.load_checkpointables(step, like)
+        except UserError:
+            raise
         except Exception as error:
             # Orbax passes on whatever its storage layers raise.
             raise UserError(
-                f"checkpoint {self._checkpointer.directory / str(step)} cannot be restored "
-                f"({type(error).__name__}); it is damaged or of another model: "
-                f"delete that folder to use the one before"
+                f"checkpoint {checkpoint} cannot be restored ({type(error).__name__}); "
+                f"it is damaged: delete that folder to use the one before"
             ) from error
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _check_shapes(
+    stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], checkpoint: str
+) -> None:
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
+            raise UserError(
+                f"checkpoint {checkpoint} is of another model: its {name} is "
+                f"{stored.get(name, 'missing')}, the config's {wanted.get(name, 'missing')}; "
+                f"use the config.json it was trained with"
+            )
