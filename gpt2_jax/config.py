@@ -54,10 +54,10 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            _check_positive_int(name, getattr(self, name))
-        _check_positive_int("pad_vocab_size_multiple", self.pad_vocab_size_multiple)
+            check_positive_int(name, getattr(self, name))
+        check_positive_int("pad_vocab_size_multiple", self.pad_vocab_size_multiple)
         if self.n_inner is not None:
-            _check_positive_int("n_inner", self.n_inner)
+            check_positive_int("n_inner", self.n_inner)
         if self.n_embd % self.n_head:
             raise UserError(
                 f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
@@ -70,11 +70,11 @@ class GPT2Config:
             )
         for name in ("layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 < value < math.inf:
+            if not is_number(value) or not 0 < value < math.inf:
                 raise UserError(f"{name}={value!r} must be a finite number above 0")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < 1:
+            if not is_number(value) or not 0 <= value < 1:
                 raise UserError(f"{name}={value!r} must be a probability in [0, 1)")
         if not isinstance(self.tie_word_embeddings, bool):
             raise UserError(
@@ -113,11 +113,13 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is an int or a float; bool, a kind of int in Python, is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_positive_int(name: str, value: object) -> None:
+def check_positive_int(name: str, value: object) -> None:
+    """Raises UserError, naming the field, unless the value is a whole number of at least 1."""
     if not _is_int(value) or value < 1:  # type: ignore[operator]
         raise UserError(f"{name}={value!r} must be a whole number of at least 1")
 

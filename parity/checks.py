@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from gpt2_jax.generation.decode import generate
+from gpt2_jax.generation.decode import generate, room
 from gpt2_jax.interop.huggingface import state_dict_from_params
 from gpt2_jax.model import GPT2, apply
 from gpt2_jax.training.loss import cross_entropy
@@ -112,11 +112,10 @@ def torch_logits(models: Models, tokens_BT: np.ndarray) -> dict[str, np.ndarray]
 def huggingface_greedy(models: Models, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     """New tokens of Hugging Face's own `generate`, with its own cache."""
     tokens = torch.tensor([list(prompt)])
-    room = models.config.n_positions - len(prompt) + 1
     out = models.huggingface.generate(  # type: ignore[misc]
         tokens,
         attention_mask=torch.ones_like(tokens),
-        max_new_tokens=min(max_new_tokens, room),
+        max_new_tokens=min(max_new_tokens, room(models.config, len(prompt))),
         do_sample=False,
         pad_token_id=models.config.eos_token_id or 0,
     )

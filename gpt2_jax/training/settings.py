@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt2_jax.config import GPT2Config
+from gpt2_jax.config import GPT2Config, check_positive_int, is_number
 from gpt2_jax.errors import UserError
 
 
@@ -105,8 +105,7 @@ class TrainSettings:
             "log_every": self.log_every,
         }
         for name, value in positive.items():
-            if type(value) is not int or value < 1:
-                raise UserError(f"{name}={value!r} must be a whole number of at least 1")
+            check_positive_int(name, value)
         if type(self.seed) is not int or not 0 <= self.seed < 2**31:
             raise UserError(f"seed={self.seed} must be a whole number in [0, 2^31)")
         if self.dtype not in ("bfloat16", "float32"):
@@ -131,15 +130,15 @@ class TrainSettings:
         optimizer = self.optimizer
         for name in ("learning_rate", "final_learning_rate", "weight_decay"):
             value = getattr(optimizer, name)
-            if not _is_number(value) or not 0 <= value < math.inf:
+            if not is_number(value) or not 0 <= value < math.inf:
                 raise UserError(f"optimizer.{name}={value!r} must be finite and not negative")
         for name in ("epsilon", "clip_norm"):
             value = getattr(optimizer, name)
-            if not _is_number(value) or not 0 < value < math.inf:
+            if not is_number(value) or not 0 < value < math.inf:
                 raise UserError(f"optimizer.{name}={value!r} must be finite and above 0")
         for name in ("beta1", "beta2"):
             value = getattr(optimizer, name)
-            if not _is_number(value) or not 0 <= value < 1:
+            if not is_number(value) or not 0 <= value < 1:
                 raise UserError(f"optimizer.{name}={value!r} must be in [0, 1)")
         warmup = optimizer.warmup_steps
         if type(warmup) is not int or warmup < 0:
@@ -198,10 +197,6 @@ _SECTIONS: dict[str, type] = {
     "optimizer": OptimizerSettings,
     "validation": ValidationSettings,
 }
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _reason(error: Exception) -> str:
