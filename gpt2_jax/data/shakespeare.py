@@ -1,4 +1,7 @@
-"""Tiny Shakespeare: 40,000 lines of his plays in one file, as Karpathy's char-rnn had them."""
+"""Tiny Shakespeare: 40,000 lines of his plays in one file, as Karpathy's char-rnn had them.
+
+GPT-2's BPE makes 338,025 tokens of it.
+"""
 
 import hashlib
 import urllib.request
@@ -9,8 +12,6 @@ from gpt2_jax.errors import UserError
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-TOKENS = 338_025
-"""with GPT-2's BPE"""
 
 
 def read_shakespeare(file: Path) -> str:
