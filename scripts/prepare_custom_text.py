@@ -5,8 +5,9 @@ from pathlib import Path
 
 from gpt2_jax.cli import parse_flags, run
 from gpt2_jax.data.shards import write_dataset
-from gpt2_jax.data.text import encode_documents, read_text, text_files
+from gpt2_jax.data.text import encode_documents, text_files
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import read_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2_jax.data import shakespeare
-from gpt2_jax.data.text import encode_documents, read_text, text_files
+from gpt2_jax.data.text import encode_documents, text_files
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import read_text
 from gpt2_jax.tokenizer import END_OF_TEXT_ID, decode, encode
 
 

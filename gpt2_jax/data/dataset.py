@@ -1,5 +1,6 @@
 """Opens the data of a run by path: token shards on disk, or text that Python itself carries."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,15 @@ def open_dataset(path: str, sequence_length: int, vocab_size: int) -> tuple[Wind
     """Returns the training and the validation windows.
 
     Args:
-      path: a directory of shards, or `PYTHON_DOCUMENTATION`.
+      path: a directory of shards (ours, build-nanogpt's, nanoGPT's or llm.c's; see `shards`), or
+        `PYTHON_DOCUMENTATION`.
       sequence_length: T; windows hold T + 1 tokens.
       vocab_size: every token must be below it.
 
     Raises:
       UserError: if the data are missing, broken or of another vocabulary.
     """
+    splits: list[Sequence[np.ndarray]]
     if path == PYTHON_DOCUMENTATION:
         splits = [[tokens] for tokens in _python_documentation(vocab_size)]
     else:

@@ -7,8 +7,8 @@ import hashlib
 import urllib.request
 from pathlib import Path
 
-from gpt2_jax.data.text import read_text
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import read_text, written_beside
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -42,9 +42,8 @@ def download_shakespeare(file: Path, url: str = URL) -> None:
         ) from None
     _check(data, url)
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}")
-    scratch.write_bytes(data)
-    scratch.replace(file)
+    with written_beside(file) as scratch:
+        scratch.write_bytes(data)
 
 
 def _check(data: bytes, source: str) -> None:

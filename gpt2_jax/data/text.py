@@ -10,25 +10,6 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.tokenizer import END_OF_TEXT_ID, encode
 
 
-def read_text(path: Path) -> str:
-    """Reads a UTF-8 file whole, newlines untouched.
-
-    Raises:
-      UserError: if the file cannot be read or is not UTF-8 (the first bad byte is named).
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give a readable file") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}; "
-            f"convert it first, for example with iconv -t UTF-8"
-        ) from None
-
-
 def text_files(path: Path, pattern: str) -> list[Path]:
     """A file itself, or the files below a folder whose names match `pattern`, in sorted order.
 
