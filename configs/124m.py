@@ -2,10 +2,11 @@
 
     python scripts/train.py --config configs/124m.py
 
-524,288 tokens a step for 19,073 steps is one epoch of 10 billion tokens. The data are uint16
-`.npy` token shards with "train" and "val" in their names, as build-nanogpt's fineweb.py makes.
-Hardware: one GPU with 80 GB for this micro batch; halve data.micro_batch_size until it fits, the
-result stays the same.
+524,288 tokens a step for 19,073 steps is one epoch of 10 billion tokens. The data are token
+shards, made by scripts/prepare_fineweb.py or by build-nanogpt's fineweb.py.
+Hardware: all GPUs at hand, by the same command; 8 of 80 GB take a step in one pass of
+8 x 64 x 1024 tokens, one takes 8 passes. On smaller ones halve data.micro_batch_size until it
+fits, the result stays the same.
 Time and memory: not measured yet. Expected validation loss: build-nanogpt's run of this recipe
 passes the 3.29 of OpenAI's own 124M weights on the same validation shard.
 """
@@ -13,7 +14,9 @@ passes the 3.29 of OpenAI's own 124M weights on the same validation shard.
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.training.settings import (
     DataSettings,
+    HellaSwagSettings,
     OptimizerSettings,
+    SampleSettings,
     TrainSettings,
     ValidationSettings,
 )
@@ -42,6 +45,12 @@ config = TrainSettings(
         weight_decay=0.1,
         clip_norm=1.0,
     ),
-    validation=ValidationSettings(every=250, windows=10_240),  # 20 x 512, 10.5 million tokens
+    validation=ValidationSettings(
+        every=250,
+        windows=10_240,  # 20 x 512, 10.5 million tokens
+        reference_loss=3.2924,  # OpenAI's 124M weights on this data, by build-nanogpt
+    ),
+    samples=SampleSettings(every=250),
+    hellaswag=HellaSwagSettings(every=250),  # if data/hellaswag_val.jsonl is there
     checkpoint_every=1000,
 )

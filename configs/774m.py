@@ -11,7 +11,9 @@ same. Time, memory and loss: not measured yet.
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.training.settings import (
     DataSettings,
+    HellaSwagSettings,
     OptimizerSettings,
+    SampleSettings,
     TrainSettings,
     ValidationSettings,
 )
@@ -40,5 +42,7 @@ config = TrainSettings(
         warmup_steps=715,  # 375e6 / 524,288
     ),
     validation=ValidationSettings(every=250, windows=10_240),
+    samples=SampleSettings(every=250),
+    hellaswag=HellaSwagSettings(every=250),  # if data/hellaswag_val.jsonl is there
     checkpoint_every=1000,
 )

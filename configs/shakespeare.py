@@ -13,6 +13,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.training.settings import (
     DataSettings,
     OptimizerSettings,
+    SampleSettings,
     TrainSettings,
     ValidationSettings,
 )
@@ -39,5 +40,7 @@ config = TrainSettings(
         learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=100, beta2=0.99
     ),
     validation=ValidationSettings(every=100, windows=128),
-    checkpoint_every=500,
+    samples=SampleSettings(every=100, prompt="ROMEO:", max_new_tokens=64),
+    checkpoint_every=100,
+    keep_checkpoints=1,
 )

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -71,6 +72,18 @@ def _parse(
         return_unknown_args=True,
         use_underscores=True,
     )
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep what it compiles on disk, so that the next start need not compile again.
+
+    JAX_COMPILATION_CACHE_DIR names another folder than ~/.cache/gpt2_jax.
+    """
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "gpt2_jax"))
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

@@ -14,7 +14,7 @@ number follows, and every array is stored as there; converting is renaming:
 Shapes: B batch, T sequence, D width, F MLP width, V vocabulary, L layers.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,10 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.layers import Embedding, LayerNorm
 
 Params = dict[str, Any]
+
+Remat = Literal["none", "dots", "block"]
+"""Memory of the backward pass for a block, from most to least: everything; the results of the
+matrix products, the rest computed again; the block's input alone (Chen et al., 2016)."""
 
 
 class GPT2(nn.Module):
@@ -42,6 +46,8 @@ class GPT2(nn.Module):
     """compute dtype, see `gpt2_jax.precision`"""
     implementation: Implementation | None = None
     """attention implementation; None chooses by platform and dtype"""
+    remat: Remat = "none"
+    """what the backward pass computes again instead of remembering it, see `Remat`"""
 
     def setup(self) -> None:
         """Declares the submodules."""
@@ -95,13 +101,26 @@ class GPT2(nn.Module):
         x_BTD = self.drop(x_BTD, deterministic=deterministic)
         layers = []
         for i, block in enumerate(self.h):
-            layer = None if cache is None else cache.layers[i]
-            x_BTD, layer = block(x_BTD, layer, start_B, deterministic=deterministic)
-            if layer is not None:
+            if cache is None:
+                x_BTD = self._run_block(block, x_BTD, deterministic)
+            else:
+                x_BTD, layer = block(x_BTD, cache.layers[i], start_B, deterministic=deterministic)
+                assert layer is not None
                 layers.append(layer)
         if cache is not None:
             cache = KVCache(tuple(layers), cache.length_B + T)
         return self.ln_f(x_BTD), cache
+
+    def _run_block(self, block: Block, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
+        """One block without a cache, rematerialised as `remat` says."""
+
+        def run(block: Block, x_BTD: jax.Array) -> jax.Array:
+            return block(x_BTD, deterministic=deterministic)[0]
+
+        if self.remat == "none":
+            return run(block, x_BTD)
+        dots = jax.checkpoint_policies.checkpoint_dots if self.remat == "dots" else None
+        return nn.remat(run, policy=dots)(block, x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The output head: features [B, T, D] to float32 logits [B, T, vocab_size]."""

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from gpt2_jax.config import GPT2Config, config_for_size
+from gpt2_jax.config import SIZES, GPT2Config, config_for_size
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop.pretrained import load_pretrained
 from gpt2_jax.model import Params, param_shapes
@@ -21,7 +21,8 @@ def load_source(
     """Loads parameters and configuration as scripts name them.
 
     Args:
-      source: "pretrained", a run directory of `scripts/train.py`, or a Hugging Face directory.
+      source: "pretrained", a size by its name (the same with `model`), a run directory of
+        `scripts/train.py`, or a Hugging Face directory.
       model: with "pretrained", the size; without `weights` its default is "gpt2".
       weights: with "pretrained", a local file or directory to read instead of the hub.
       revision: with "pretrained", branch, tag or commit on the hub.
@@ -29,6 +30,8 @@ def load_source(
     Raises:
       UserError: if the source does not exist or does not hold what it should.
     """
+    if source in SIZES and model is None:
+        source, model = PRETRAINED, source
     if source == PRETRAINED:
         config = config_for_size(model) if model is not None else None
         if weights is None:
@@ -40,8 +43,8 @@ def load_source(
     directory = Path(source)
     if not directory.is_dir():
         raise UserError(
-            f"source {source!r} is no directory; give pretrained, a run directory "
-            f"or a Hugging Face directory"
+            f"source {source!r} is no directory; give pretrained, {', '.join(SIZES)}, "
+            f"a run directory or a Hugging Face directory"
         )
     return _load_run(directory) if _is_run(directory) else load_pretrained(directory)
 
@@ -56,11 +59,10 @@ def _is_run(directory: Path) -> bool:
 
 def _load_run(run_dir: Path) -> tuple[Params, GPT2Config]:
     from gpt2_jax.training.checkpoint import Checkpoints
-    from gpt2_jax.training.settings import from_json
+    from gpt2_jax.training.config_files import from_json
 
     file = run_dir / "config.json"
     config = from_json(file.read_text(encoding="utf-8"), str(file)).model
     if not (run_dir / "checkpoints").is_dir():
         raise UserError(f"{run_dir} has no checkpoints yet; train the run until it saves one")
-    with Checkpoints(run_dir) as checkpoints:
-        return checkpoints.restore_params(param_shapes(config)), config
+    return Checkpoints(run_dir).restore_params(param_shapes(config)), config

@@ -1,4 +1,8 @@
-"""Trains a GPT-2: python scripts/train.py --config configs/demo.py."""
+"""Trains a GPT-2: python scripts/train.py --config configs/demo.py.
+
+The same command goes on with a run that was stopped, and starts each process of a run on many
+hosts.
+"""
 
 import argparse
 import dataclasses
@@ -8,9 +12,10 @@ from typing import Annotated
 
 import tyro
 
-from gpt2_jax.cli import parse_flags, run
+from gpt2_jax.cli import keep_compiled_programs, parse_flags, run
 from gpt2_jax.errors import UserError
-from gpt2_jax.training.settings import TrainSettings, load_config_file
+from gpt2_jax.training.config_files import load_config_file
+from gpt2_jax.training.settings import DistributedSettings, TrainSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,28 +25,41 @@ class Flags:
     config: Path
     """file with the settings, one of configs/*.py or your own"""
     settings: Annotated[TrainSettings, tyro.conf.arg(name="")]
+    resume: bool = False
+    """insist on a run to go on with; without it too, a run with the same settings is resumed"""
+    allow_changes: bool = False
+    """go on with the run in run_dir even though settings or data have changed"""
     overwrite: bool = False
     """replace the run that is already in run_dir"""
+    profile: bool = False
+    """write a JAX trace of three steps to run_dir/profile"""
+    distributed: DistributedSettings = DistributedSettings()
+    """processes on several hosts"""
 
 
 def main() -> None:
-    """Reads flags and data, then trains."""
+    """Joins the other processes, if there are any, and trains."""
     flags = read_flags()
     settings = flags.settings
 
     # Only now the slow imports, so that --help and mistakes answer at once.
-    from gpt2_jax.data.batches import training_batches, validation_windows
-    from gpt2_jax.data.dataset import open_dataset
-    from gpt2_jax.training.loop import train
+    from gpt2_jax import experiment
+    from gpt2_jax.training.distributed import is_primary, join_cluster
 
-    data = settings.data
-    train_windows, validation = open_dataset(
-        data.path, data.sequence_length, settings.model.vocab_size
+    join_cluster(flags.distributed)
+    keep_compiled_programs()
+    state = experiment.run(
+        settings,
+        resume=flags.resume,
+        overwrite=flags.overwrite,
+        allow_changes=flags.allow_changes,
+        profile=flags.profile,
     )
-    batches = training_batches(train_windows, data.batch_size, settings.seed)
-    validation_NT = validation_windows(validation, settings.validation.windows)
-    train(settings, batches, validation_NT, overwrite=flags.overwrite)
-    print(f"finished: {settings.run_dir}/ holds config.json, metrics.jsonl, loss.png, checkpoints/")
+    if is_primary() and state.step == settings.steps:
+        print(
+            f"finished: {settings.run_dir}/ holds config.json, metrics.jsonl, loss.png, "
+            f"checkpoints/"
+        )
 
 
 def read_flags() -> Flags:

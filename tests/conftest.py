@@ -1,6 +1,9 @@
-"""What the tests share: two small models, and the rule that no shape broadcasts by accident."""
+"""What the tests share: two small models, eight devices, and the rule that no shape broadcasts
+by accident."""
 
 import dataclasses
+import os
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,15 @@ from hypothesis import settings
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import Params, param_shapes
 
+jax.config.update("jax_num_cpu_devices", 8)
+# What several tests compile is compiled once, in processes that tests start too.
+_programs = tempfile.TemporaryDirectory(prefix="gpt2_jax-tests-")
+for _name, _value in (
+    ("jax_compilation_cache_dir", _programs.name),
+    ("jax_persistent_cache_min_compile_time_secs", 0.1),
+):
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run, and no clock in the result.
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from gpt2_jax.data.batches import Windows, training_batches, validation_windows
@@ -15,19 +14,19 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.model import GPT2
 from gpt2_jax.sources import load_source
 from gpt2_jax.training.checkpoint import Checkpoints
+from gpt2_jax.training.config_files import from_json, to_json
 from gpt2_jax.training.loop import train
 from gpt2_jax.training.metrics import read_metrics
 from gpt2_jax.training.optimizer import learning_rate_schedule
-from gpt2_jax.training.recorder import Recorder
 from gpt2_jax.training.settings import (
     DataSettings,
+    MeshSettings,
     OptimizerSettings,
     TrainSettings,
     ValidationSettings,
-    from_json,
-    to_json,
 )
-from gpt2_jax.training.step import StepMetrics, eval_step
+from gpt2_jax.training.step import eval_step
+from gpt2_jax.training.validation import Probe
 
 STEPS = 6
 TOKENS = np.random.default_rng(3).integers(0, 97, 200).astype(np.uint16)
@@ -46,6 +45,7 @@ def settings(shallow_config, tmp_path_factory):
         checkpoint_every=4,
         log_every=3,
         dtype="float32",
+        mesh=MeshSettings(data=1),
     )
 
 
@@ -95,6 +95,7 @@ def test_metrics_are_complete_and_in_order(settings, finished):
                 "loss",
                 "grad_norm",
                 "learning_rate",
+                "skipped",
                 "tokens_per_second",
             }
             assert record["learning_rate"] == float(schedule(record["step"]))
@@ -114,8 +115,7 @@ def test_the_validation_loss_is_the_mean_over_its_windows(settings, finished):
 
 def test_the_last_checkpoint_is_the_final_state(finished):
     run_dir, state = finished
-    with Checkpoints(run_dir) as checkpoints:
-        restored = checkpoints.restore(state)
+    restored = Checkpoints(run_dir).restore(STEPS, state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
@@ -142,8 +142,9 @@ def test_a_run_is_replaced_only_when_asked_for_and_then_gives_the_same(settings,
     run_dir, state = finished
     before = {file: file.read_bytes() for file in run_dir.iterdir() if file.is_file()}
     first = losses(run_dir)
-    with pytest.raises(UserError, match=r"already holds a run.*--overwrite"):
-        train(settings, batches(settings), VALIDATION_NT)
+    longer = dataclasses.replace(settings, steps=STEPS + 1)
+    with pytest.raises(UserError, match=r"already holds a run .*steps was 6, now 7.*--overwrite"):
+        train(longer, batches(settings), VALIDATION_NT)
     assert {file: file.read_bytes() for file in before} == before
 
     (run_dir / "notes.txt").write_text("mine")
@@ -154,18 +155,85 @@ def test_a_run_is_replaced_only_when_asked_for_and_then_gives_the_same(settings,
     (run_dir / "notes.txt").unlink()
 
 
-def test_a_run_that_diverges_stops_and_says_what_to_do(settings, tmp_path):
+def test_a_finished_run_is_left_as_it_is(settings, finished):
+    run_dir, state = finished
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    again = train(settings, batches(settings), VALIDATION_NT)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_diverges_skips_its_steps_then_stops_and_says_what_to_do(settings, tmp_path):
     wild = dataclasses.replace(
         settings,
         run_dir=str(tmp_path / "wild"),
-        optimizer=OptimizerSettings(learning_rate=1e30, warmup_steps=0),
+        optimizer=OptimizerSettings(learning_rate=1e30, warmup_steps=0, max_skipped_steps=2),
     )
-    with pytest.raises(UserError, match=r"step 1: loss .* diverged, .*learning_rate"):
+    with pytest.raises(UserError, match=r"step 2: .* 2 steps in a row .*learning_rate"):
         train(wild, batches(wild), VALIDATION_NT)
-    assert [record["step"] for record in read_metrics(tmp_path / "wild" / "metrics.jsonl")] == [
-        0,
-        0,
+    _, *steps = read_metrics(tmp_path / "wild" / "metrics.jsonl")
+    assert [(step["step"], step["skipped"]) for step in steps] == [(0, 0), (1, 1), (2, 2)]
+    assert steps[2]["grad_norm"] is None
+    assert (tmp_path / "wild" / "loss.png").exists()
+
+
+def test_what_is_measured_on_the_way_leaves_the_training_as_it_was(settings, finished, tmp_path):
+    _, state = finished
+    calls = []
+
+    def make(model, layout):
+        assert model.config == settings.model
+        assert layout.mesh.size == 1
+
+        def measure(params):
+            calls.append(float(jax.tree.leaves(params)[0].sum()))
+            return {"extra": jnp.asarray(len(calls), jnp.float32), "samples": ["text"]}
+
+        return measure
+
+    probed = dataclasses.replace(settings, run_dir=str(tmp_path / "probed"))
+    again = train(probed, batches(settings), VALIDATION_NT, probes=[Probe("extra", 3, make)])
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    records = read_metrics(tmp_path / "probed" / "metrics.jsonl")
+    assert [record for record in records if "extra" in record] == [
+        {"step": step, "extra": number, "samples": ["text"]}
+        for step, number in ((0, 1.0), (3, 2.0), (6, 3.0))
     ]
+
+
+def test_training_starts_from_given_parameters(settings, finished, tmp_path):
+    _, state = finished
+    host = jax.device_get(state.params)
+    start = dataclasses.replace(settings, run_dir=str(tmp_path / "tuned"))
+    train(start, batches(settings), VALIDATION_NT, initial_params=host)
+    first = read_metrics(tmp_path / "tuned" / "metrics.jsonl")[0]
+    last = read_metrics(Path(settings.run_dir) / "metrics.jsonl")[-1]
+    assert first["val_loss"] == last["val_loss"]
+
+
+def test_a_profile_is_written_where_the_run_is(settings, tmp_path):
+    traced = dataclasses.replace(settings, run_dir=str(tmp_path / "traced"))
+    train(traced, batches(settings), VALIDATION_NT, profile=True)
+    assert list((tmp_path / "traced" / "profile").rglob("*.xplane.pb"))
+
+
+def test_nothing_is_compiled_once_everything_ran(settings, tmp_path):
+    """A compilation in mid-run would stall every device."""
+    compilations = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
+    )
+    counts = []
+
+    def measure(_):
+        counts.append(len(compilations))
+        return {"count": 0.0}
+
+    long = dataclasses.replace(settings, run_dir=str(tmp_path / "long"), steps=16)
+    train(long, batches(settings), VALIDATION_NT, probes=[Probe("count", 4, lambda *_: measure)])
+    assert counts[0] > 0
+    # Steps, validation and a checkpoint lie between these.
+    assert counts[2] == counts[3] == counts[4]
 
 
 def test_a_directory_that_cannot_be_made_is_named(settings, tmp_path):
@@ -173,32 +241,3 @@ def test_a_directory_that_cannot_be_made_is_named(settings, tmp_path):
     in_the_way = dataclasses.replace(settings, run_dir=str(tmp_path / "file" / "run"))
     with pytest.raises(UserError, match="cannot write run directory"):
         train(in_the_way, batches(settings), VALIDATION_NT)
-
-
-@pytest.fixture
-def recorder(settings, tmp_path):
-    with Recorder(settings, tmp_path, optax.constant_schedule(0.25)) as recorder:
-        yield recorder
-
-
-def test_a_steps_metrics_are_read_one_step_late(recorder, tmp_path):
-    for step in range(3):
-        recorder.step(step, StepMetrics(jnp.asarray(float(step)), jnp.asarray(1.0)))
-        written = read_metrics(tmp_path / "metrics.jsonl")
-        assert [record["loss"] for record in written] == list(range(step))
-    recorder.flush()
-    recorder.flush()
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2]
-
-
-@pytest.mark.parametrize("metrics", [(math.nan, 1.0), (1.0, math.inf)])
-def test_a_step_that_is_no_number_is_never_recorded(recorder, tmp_path, metrics):
-    recorder.step(5, StepMetrics(*(jnp.asarray(value) for value in metrics)))
-    with pytest.raises(UserError, match="step 5: "):
-        recorder.flush()
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
-
-
-def test_a_validation_loss_that_is_no_number_says_the_run_diverged(recorder):
-    with pytest.raises(UserError, match="diverged"):
-        recorder.validation(5, lambda _: math.nan, {})

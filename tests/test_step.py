@@ -26,14 +26,8 @@ def initial(shallow_config):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def sgd_step(config, micro_batch_size, state, tokens_BT, key=KEY):
-    return train_step(
-        state,
-        tokens_BT,
-        key,
-        model=GPT2(config),
-        optimizer=optax.sgd(RATE),
-        micro_batch_size=micro_batch_size,
-    )
+    tokens_NBT = tokens_BT.reshape(-1, micro_batch_size, tokens_BT.shape[1])
+    return train_step(state, tokens_NBT, key, model=GPT2(config), optimizer=optax.sgd(RATE))
 
 
 evaluate = jax.jit(eval_step, static_argnames="model")
@@ -109,17 +103,16 @@ class Noise:
         return scale * jax.random.normal(rngs["dropout"], (*tokens_BT.shape, 97))
 
 
-def test_dropout_depends_on_the_key_the_step_and_the_micro_batch():
+def test_dropout_depends_on_the_key_the_step_and_the_pass():
     @functools.partial(jax.jit, static_argnums=0)
     def loss(rows, step, key):
         state = TrainState(step, {"scale": jnp.ones(())}, optax.EmptyState())
         _, metrics = train_step(
             state,
-            jnp.repeat(TOKENS_BT[:1], rows, axis=0),
+            jnp.repeat(TOKENS_BT[None, :1], rows, axis=0),
             key,
             model=Noise,
             optimizer=optax.identity(),
-            micro_batch_size=1,
         )
         return metrics.loss
 

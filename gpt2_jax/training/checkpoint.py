@@ -1,11 +1,18 @@
 """Checkpoints of a run, through Orbax; the only module that knows it.
 
-    RUN_DIR/checkpoints/STEP/{params, opt_state}
+    RUN_DIR/checkpoints/STEP/{params, opt_state, manifest.json}
 
-Orbax writes beside and renames, so a checkpoint is there whole or not at all. Parameters and
-optimizer state are separate, so that generation reads the parameters alone.
+Orbax writes in the background, beside the final place, and renames; the manifest follows. So a
+checkpoint is there whole or does not count. Parameters and optimizer state are separate, so that
+generation reads the parameters alone.
 """
 
+import contextlib
+import logging
+import shutil
+import sys
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,70 +22,214 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import Params
+from gpt2_jax.training.distributed import is_primary
+from gpt2_jax.training.manifest import NAME, DamagedError, read_manifest, verify, write_manifest
 from gpt2_jax.training.step import TrainState
+
+# When a write fails, each thread of Orbax logs a traceback of what is told here in one line.
+logging.getLogger("absl").addFilter(
+    lambda record: "_SignalingThread" not in str(record.msg) or record.exc_info is None
+)
+
+DAMAGED = "damaged"
+"""folder in the run directory that damaged checkpoints are moved to"""
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for pending writes on exit."""
+    """The checkpoints of one run; a context manager that waits for pending writes on exit.
 
-    def __init__(self, run_dir: Path) -> None:
-        self._checkpointer = ocp.training.Checkpointer((run_dir / "checkpoints").resolve())
+    Args:
+      run_dir: the run; checkpoints go to its folder "checkpoints".
+      keep: how many of the latest stay, besides the one of the lowest validation loss.
+    """
+
+    def __init__(self, run_dir: Path, keep: int = 3) -> None:
+        self.directory = (run_dir / "checkpoints").absolute()
+        self._keep = keep
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
 
-    def save(self, state: TrainState) -> None:
-        """Starts writing the state; returns once it is copied and may be donated again."""
-        items = {"params": state.params, "opt_state": state.opt_state}
-        self._checkpointer.save_checkpointables_async(int(state.step), items, force=True)
+    def save(self, state: TrainState, facts: dict[str, Any] | None = None) -> None:
+        """Starts writing the state; returns once it is copied and may be donated again.
 
-    def restore(self, like: TrainState) -> TrainState:
-        """Reads the latest state into the shapes of `like` (arrays or ShapeDtypeStructs)."""
-        items = self._load({"params": like.params, "opt_state": like.opt_state})
-        step = jnp.asarray(self.latest_step, jnp.int32)
-        return TrainState(step, items["params"], items["opt_state"])
-
-    def restore_params(self, like: Params) -> Params:
-        """Reads the latest parameters into the shapes of `like`."""
-        return self._load({"params": like})["params"]
-
-    @property
-    def latest_step(self) -> int:
-        """Step of the newest checkpoint.
+        Args:
+          state: what to keep.
+          facts: JSON values to record with it; "val_loss" decides which checkpoint is best.
 
         Raises:
-          UserError: if there is none.
+          UserError: if this or the checkpoint before cannot be written.
         """
-        latest = self._checkpointer.latest
-        if latest is None:
-            raise UserError(
-                f"{self._checkpointer.directory} holds no finished checkpoint; "
-                f"train the run until it saves one"
-            )
-        return latest.step
-
-    def _load(self, like: dict[str, Any]) -> dict[str, Any]:
-        step = self.latest_step
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device), like
-        )
-        checkpoint = self._checkpointer.directory / str(step)
+        self.wait()
+        step = int(state.step)
+        facts = {"step": step, "val_loss": None, **(facts or {})}
+        items = {"params": state.params, "opt_state": state.opt_state}
         try:
-            stored = self._checkpointer.checkpointables_metadata(step).metadata["params"]
+            self._check_writable()
+            response = ocp.save_checkpointables_async(self.directory / str(step), items)
+        except Exception as error:
+            raise self._cannot_write(step, error) from error
+        self._pending = step, self._worker.submit(self._finish, step, response, facts)
+
+    def check(self) -> None:
+        """Raises the error of a background write that has failed, without waiting for any."""
+        if self._pending is not None and self._pending[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when everything is written.
+
+        Raises:
+          UserError: if it could not be.
+        """
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except Exception as error:
+            raise self._cannot_write(step, error) from error
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Reads the state of a step into the shapes and shardings of `like`."""
+        items = self._load(step, {"params": like.params, "opt_state": like.opt_state})
+        # Of int32 and replicated as a step leaves it, or resuming would compile once more.
+        number = jax.device_put(jnp.asarray(step, jnp.int32), like.step.sharding)
+        return TrainState(number, items["params"], items["opt_state"])
+
+    def restore_params(self, like: Params) -> Params:
+        """Reads the newest intact parameters into the shapes of `like`, on one device.
+
+        Raises:
+          UserError: if there is no intact checkpoint, or it is of another model.
+        """
+        step = self.newest_intact(["params"])
+        if step is None and self.finished():
+            raise UserError(f"no checkpoint in {self.directory} is intact; restore a backup")
+        if step is None:
+            raise UserError(
+                f"{self.directory} holds no finished checkpoint; train the run until it saves one"
+            )
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like
+        )
+        # Each of several processes reads for itself, so none waits for another.
+        alone = ocp.Context()
+        alone.multiprocessing.primary_host = jax.process_index()
+        alone.multiprocessing.active_processes = {jax.process_index()}
+        with alone:
+            return self._load(step, {"params": like})["params"]
+
+    def newest_intact(self, parts: list[str]) -> int | None:
+        """Step of the newest checkpoint whose parts are as they were written; None if none is.
+
+        Every newer one is named on stderr, with what is wrong with it.
+        """
+        for step in reversed(self.steps()):
+            try:
+                verify(self.directory / str(step), parts)
+            except DamagedError as error:
+                print(
+                    f"checkpoint {self.directory / str(step)} is left out: {error}", file=sys.stderr
+                )
+            else:
+                return step
+        return None
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, finished or not, in order."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+
+    def finished(self) -> list[int]:
+        """Steps of the checkpoints that have a manifest, in order."""
+        return [step for step in self.steps() if (self.directory / str(step) / NAME).exists()]
+
+    def state_of_affairs(self) -> str:
+        """What is safe, as half a sentence."""
+        finished = self.finished()
+        if not finished:
+            return "no checkpoint was saved before"
+        return f"the checkpoint of step {finished[-1]} is intact"
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What `save` was given to record with a checkpoint."""
+        return read_manifest(self.directory / str(step))
+
+    def make_room_after(self, step: int | None) -> None:
+        """Moves what is newer than `step`, or has no manifest, to RUN_DIR/damaged.
+
+        What Orbax itself left half-written is removed.
+        """
+        for number in set(self.steps()) - set(self.finished()) | {
+            number for number in self.steps() if step is None or number > step
+        }:
+            aside = self.directory.parent / DAMAGED / str(number)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            shutil.move(self.directory / str(number), aside)
+        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _check_writable(self) -> None:
+        """Fails where Orbax would wait for its directory for minutes."""
+        if is_primary():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.directory):
+                pass
+
+    def _finish(self, step: int, response: ocp.AsyncResponse[None], facts: dict[str, Any]) -> None:
+        """Runs in the background: waits for Orbax, seals the checkpoint, drops old ones."""
+        response.result()
+        if is_primary():
+            write_manifest(self.directory / str(step), facts)
+            self._drop_old()
+
+    def _drop_old(self) -> None:
+        losses = {}
+        for step in self.finished():
+            with contextlib.suppress(DamagedError):
+                losses[step] = self.facts(step)["val_loss"]
+        measured = {step: loss for step, loss in losses.items() if loss is not None}
+        best = {min(measured, key=measured.__getitem__)} if measured else set()
+        for step in losses.keys() - set(sorted(losses)[-self._keep :]) - best:
+            # Without its manifest it does not count, should the removal be cut short.
+            (self.directory / str(step) / NAME).unlink()
+            shutil.rmtree(self.directory / str(step), ignore_errors=True)
+
+    def _load(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        checkpoint = self.directory / str(step)
+        try:
+            stored = ocp.checkpointables_metadata(checkpoint).metadata["params"]
             _check_shapes(_shapes(stored), _shapes(like["params"]), str(checkpoint))
-            return self._checkpointer.load_checkpointables(step, like)
+            return ocp.load_checkpointables(checkpoint, like)
         except UserError:
             raise
         except Exception as error:
             # Orbax passes on whatever its storage layers raise.
             raise UserError(
-                f"checkpoint {checkpoint} cannot be restored ({type(error).__name__}); "
-                f"it is damaged: delete that folder to use the one before"
+                f"checkpoint {checkpoint} cannot be restored ({type(error).__name__}: {error}); "
+                f"it was written by another version or for another optimizer"
             ) from error
+
+    def _cannot_write(self, step: int, error: Exception) -> UserError:
+        # Storage layers tell where before what; the path is told already.
+        reason = str(error).strip().rpartition('": ')[2] or type(error).__name__
+        return UserError(
+            f"cannot write the checkpoint of step {step} to {self.directory} ({reason}); "
+            f"{self.state_of_affairs()}; free space or permissions, then run the same "
+            f"command to go on"
+        )
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:

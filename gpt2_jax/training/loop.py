@@ -1,119 +1,199 @@
 """The thin loop around the pure step: batches in, metrics and checkpoints out."""
 
+import contextlib
+import dataclasses
 import functools
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import GPT2, Params
+from gpt2_jax.model import Params
+from gpt2_jax.training import run_dir as run_directory
 from gpt2_jax.training.checkpoint import Checkpoints
+from gpt2_jax.training.distributed import is_primary, wait_for_all
+from gpt2_jax.training.engine import Engine, make_engine
+from gpt2_jax.training.mesh import make_layout
 from gpt2_jax.training.metrics import plot_losses, read_metrics
-from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from gpt2_jax.training.recorder import Recorder
-from gpt2_jax.training.settings import TrainSettings, to_json
-from gpt2_jax.training.step import TrainState, eval_step, init_state, train_step
+from gpt2_jax.training.profiling import Trace
+from gpt2_jax.training.recorder import Recorder, open_recorder
+from gpt2_jax.training.resume import first_step
+from gpt2_jax.training.settings import TrainSettings
+from gpt2_jax.training.step import TrainState
+from gpt2_jax.training.stopping import StopRequest
+from gpt2_jax.training.trackers import check_trackers
+from gpt2_jax.training.validation import Measure, Probe, validation_probe
+
+Batches = Callable[..., np.ndarray]
+
+# Batches read ahead of the step that needs them.
+PREFETCH = 4
 
 
 def train(
     settings: TrainSettings,
-    batches: Callable[[int], np.ndarray],
+    batches: Batches,
     validation_NT: np.ndarray,
     *,
+    probes: Sequence[Probe] = (),
+    initial_params: Params | None = None,
+    fingerprint: str | None = None,
+    resume: bool = False,
     overwrite: bool = False,
+    allow_changes: bool = False,
+    profile: bool = False,
 ) -> TrainState:
-    """Trains a model from scratch and fills `settings.run_dir`.
+    """Trains a model and fills `settings.run_dir`; goes on with the run that is there.
 
     Args:
       settings: the run.
-      batches: batch(step), int32 [batch_size, T + 1].
+      batches: batch(step, rows), int32 [len(rows), T + 1], a pure function of both.
       validation_NT: held-out windows, int32 [N, T + 1].
-      overwrite: whether a run already in the directory may be replaced.
+      probes: what else to measure while it trains.
+      initial_params: host arrays to start from; None draws new parameters.
+      fingerprint: of the training data, to notice on resuming that they have changed.
+      resume: insist on a run to go on with.
+      overwrite: replace the run that is there.
+      allow_changes: go on even if settings or data have changed.
+      profile: write a trace of a few steps to run_dir/profile.
 
     Returns:
-      The final state.
+      The state after the last step, or after the one a signal stopped the run at.
 
     Raises:
-      UserError: before anything is written, if the run directory won't do; later, if the loss
-        stops being a number.
+      UserError: before anything is written, if settings, devices and run directory don't go
+        together; later, if the run diverges or the disk fails. Checkpoints stay intact.
     """
-    run_dir = _claim_run_dir(settings, overwrite)
-    model = GPT2(settings.model, dtype=jnp.dtype(settings.dtype))
-    schedule = learning_rate_schedule(settings.optimizer, settings.steps)
-    optimizer = make_optimizer(settings.optimizer, schedule)
-    key = jax.random.key(settings.seed)
-
-    # Everything compiled is compiled here; the state is donated, so it is updated in place.
-    state = jax.jit(functools.partial(init_state, model, optimizer))(key)
-    step_function = jax.jit(
-        functools.partial(
-            train_step,
-            model=model,
-            optimizer=optimizer,
-            micro_batch_size=settings.data.micro_batch_size,
-        ),
-        donate_argnums=0,
-    )
-    evaluate = _make_evaluation(model, validation_NT, settings.data.micro_batch_size)
-
-    with Recorder(settings, run_dir, schedule) as recorder, Checkpoints(run_dir) as checkpoints:
-        for step in range(settings.steps):
-            if step % settings.validation.every == 0:
-                recorder.validation(step, evaluate, state.params)
-            state, metrics = step_function(state, batches(step), key)
-            recorder.step(step, metrics)
-            done = step + 1
-            if done % settings.checkpoint_every == 0 or done == settings.steps:
-                recorder.flush()
-                checkpoints.save(state)
-        recorder.validation(settings.steps, evaluate, state.params)
-    title = f"{run_dir.name}: {settings.model.parameter_count:,} parameters"
-    plot_losses(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png", title)
-    return state
-
-
-def _make_evaluation(
-    model: GPT2, windows_NT: np.ndarray, batch_size: int
-) -> Callable[[Params], float]:
-    """Returns the function that measures the mean loss over fixed windows; compiled once."""
-    eval_function = jax.jit(functools.partial(eval_step, model=model))
-    # The last batch is filled up with windows from the front, which are not counted again.
-    count = len(windows_NT)
-    order = np.arange(-(-count // batch_size) * batch_size) % count
-    batches_BT = windows_NT[order].reshape(-1, batch_size, windows_NT.shape[1])
-
-    def evaluate(params: Params) -> float:
-        losses = [eval_function(params, tokens_BT) for tokens_BT in batches_BT]
-        return float(np.concatenate([np.asarray(loss_B) for loss_B in losses])[:count].mean())
-
-    return evaluate
-
-
-def _claim_run_dir(settings: TrainSettings, overwrite: bool) -> Path:
-    """Makes the run directory and writes config.json, the mark of a run."""
+    layout = make_layout(settings)
     run_dir = Path(settings.run_dir)
-    contents = [run_dir / name for name in ("config.json", "metrics.jsonl", "loss.png")]
-    checkpoints = run_dir / "checkpoints"
-    if any(path.exists() for path in (*contents, checkpoints)):
-        if not overwrite:
+    resuming = run_directory.check_run(
+        settings, resume=resume, overwrite=overwrite, allow_changes=allow_changes
+    )
+    wait_for_all("every process has looked at the run directory")
+    probes = [validation_probe(validation_NT, settings.validation.every), *probes]
+    with contextlib.ExitStack() as stack:
+        if is_primary():
+            stack.enter_context(run_directory.locked(run_dir))
+            if not resuming:
+                check_trackers(settings)
+                run_directory.clear(run_dir)
+        stop = stack.enter_context(StopRequest(layout.mesh))
+        checkpoints = stack.enter_context(Checkpoints(run_dir, settings.keep_checkpoints))
+        stack.enter_context(_explained_os_errors(checkpoints))
+        first = first_step(checkpoints, None if allow_changes else fingerprint)
+        if first > settings.steps:
             raise UserError(
-                f"{run_dir} already holds a run; give another --run_dir, "
-                f"or --overwrite to replace that run"
+                f"steps={settings.steps} is less than the {first} that {run_dir} has behind it; "
+                f"raise it or give another --run_dir"
             )
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        for path in contents:
-            path.unlink(missing_ok=True)
+        engine = make_engine(settings, layout)
+        key = jax.random.key(settings.seed)
+        if first:
+            state = checkpoints.restore(first, engine.abstract_state)
+        else:
+            state = engine.first_state(key, initial_params)
+        if is_primary():
+            run_directory.store_settings(settings)
+        recorder = stack.enter_context(open_recorder(settings, engine, first, state.opt_state))
+        trace = stack.enter_context(Trace(run_dir / "profile" if profile else None, first))
+        stack.callback(_plot, settings)
+        loop = _Loop(
+            settings, engine, batches, key, fingerprint, recorder, checkpoints, stop, trace
+        )
+        return loop.run(state, first, {probe: probe.make(engine.model, layout) for probe in probes})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """All that the loop holds on to, so that it can be read in one piece."""
+
+    settings: TrainSettings
+    engine: Engine
+    batches: Batches
+    key: jax.Array
+    fingerprint: str | None
+    recorder: Recorder
+    checkpoints: Checkpoints
+    stop: StopRequest
+    trace: Trace
+
+    def run(self, state: TrainState, first: int, probes: dict[Probe, Measure]) -> TrainState:
+        """Takes the state after `first` updates to the last one, or to where a signal stops it."""
+        steps, stopwatch = self.settings.steps, self.recorder.stopwatch
+        batches = self._prefetch(first)
+        for step in range(first, steps + 1):  # `step` updates are done here
+            stopping = self.stop.agreed()
+            if not stopping:
+                self._measure(step, state.params, probes, step == first)
+            if step > first and (stopping or self._is_checkpoint_due(step)):
+                self._save(step, state)
+            if stopping or step == steps:
+                break
+            with stopwatch.block("data"):
+                tokens_NBT = next(batches)
+            self.trace.before(step)
+            with stopwatch.block("compile") if step == first else contextlib.nullcontext():
+                state, metrics = self.engine.step(state, tokens_NBT, self.key)
+            self.recorder.push(step, metrics)
+            self.checkpoints.check()
+        with stopwatch.block("checkpoint"):
+            self.checkpoints.wait()
+        self.recorder.finish(step, self.stop.signal)
+        return state
+
+    def _prefetch(self, first: int) -> Iterator[jax.Array]:
+        """The batches from `first` on, read and put on the devices ahead of time."""
+        steps = grain.MapDataset.range(first, max(self.settings.steps, first + 1))
+        load = functools.partial(self.engine.layout.load_batch, self.batches)
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
+        return iter(steps.map(load).to_iter_dataset(options))
+
+    def _measure(
+        self, step: int, params: Params, probes: dict[Probe, Measure], first: bool
+    ) -> None:
+        """Measures what is due after `step` updates; the first time, all is compiled for it."""
+        for probe, measure in probes.items():
+            if probe.is_due(step, self.settings.steps) and not self.recorder.has(step, probe.name):
+                self.recorder.flush()  # or the time of a probe would count as a step's
+                with self.recorder.stopwatch.block("compile" if first else "eval"):
+                    values = measure(params)
+                self.recorder.push(step, values)
+
+    def _is_checkpoint_due(self, step: int) -> bool:
+        return step == self.settings.steps or step % self.settings.checkpoint_every == 0
+
+    def _save(self, step: int, state: TrainState) -> None:
+        # First the records, so that a run resumed here has no gap in them.
+        self.recorder.sync()
+        facts = {"val_loss": self.recorder.val_losses.get(step), "data": self.fingerprint}
+        with self.recorder.stopwatch.block("checkpoint"):
+            self.checkpoints.save(state, facts)
+
+
+@contextlib.contextmanager
+def _explained_os_errors(checkpoints: Checkpoints) -> Iterator[None]:
+    """Tells of a full disk or a directory that cannot be written in one line."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        scratch = run_dir / ".config.json"
-        scratch.write_text(to_json(settings), encoding="utf-8")
-        scratch.replace(run_dir / "config.json")
+        yield
     except OSError as error:
+        place = error.filename or checkpoints.directory.parent
         raise UserError(
-            f"cannot write run directory {run_dir}: {error.strerror}; give another --run_dir"
+            f"cannot write {place}: {error.strerror or error}; "
+            f"{checkpoints.state_of_affairs()}; free space or permissions, then run the same "
+            f"command to go on"
         ) from None
-    return run_dir
+
+
+def _plot(settings: TrainSettings) -> None:
+    """Draws loss.png from whatever was recorded."""
+    run_dir = Path(settings.run_dir)
+    if is_primary():
+        plot_losses(
+            read_metrics(run_dir / "metrics.jsonl"),
+            run_dir / "loss.png",
+            f"{run_dir.name}: {settings.model.parameter_count:,} parameters",
+            settings.validation.reference_loss,
+        )

@@ -1,40 +1,92 @@
 """The run's record: metrics.jsonl, and the loss curves drawn from it.
 
-Lines are JSON objects in order of time, of two kinds. Both speak of the parameters after
-`step` updates, so step 0 is the untrained model.
+Lines are JSON objects in order of time. All speak of the parameters after `step` updates, so
+step 0 is the untrained model. A step whose gradient was not finite has null for it, and counts
+in "skipped".
 
     {"step": 0, "val_loss": 10.83}
-    {"step": 0, "loss": 10.84, "grad_norm": 4.1, "learning_rate": 2e-05, "tokens_per_second": 5100}
+    {"step": 0, "loss": 10.84, "grad_norm": 4.1, "learning_rate": 2e-05, "skipped": 0,
+     "tokens_per_second": 5100.0}
+    {"step": 50, "hellaswag_acc": 0.25, "hellaswag_acc_norm": 0.26}
+    {"step": 50, "samples": ["Hello, ...", ...]}
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
+from gpt2_jax.errors import UserError
+from gpt2_jax.files import write_text, written_beside
+
+Record = dict[str, Any]
+
 
 class MetricsLog:
-    """Appends records to metrics.jsonl; each is on disk when `write` returns."""
+    """Appends records to metrics.jsonl; a killed process loses none of them."""
 
     def __init__(self, path: Path) -> None:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Writes one record; values must be finite."""
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Waits until the disk has all records, so that no checkpoint is ahead of them."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_metrics(path: Path) -> list[Record]:
+    """All records of a metrics.jsonl, in order; a last line cut short is left out.
+
+    Raises:
+      UserError: if another line is not a record.
+    """
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # nothing, or half a line, follows "\n"
+        try:
+            record = json.loads(line.decode())
+            if type(record["step"]) is not int:
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"{path}, line {number}: not a record of a run; restore the file, or move it away"
+            ) from None
+        records.append(record)
+    return records
 
 
-def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws the training and validation loss over steps as a PNG."""
+def records_until(path: Path, step: int) -> list[Record]:
+    """What was recorded when the checkpoint of `step` was saved; nothing if there is no file."""
+    records = read_metrics(path) if path.exists() else []
+    # What was measured after `step` updates came before that checkpoint, the update to
+    # step + 1 after it.
+    return [r for r in records if r["step"] < step or (r["step"] == step and "loss" not in r)]
+
+
+def rewrite(path: Path, records: list[Record]) -> None:
+    """Replaces a metrics.jsonl."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def plot_losses(
+    records: list[Record], path: Path, title: str, reference_loss: float | None = None
+) -> None:
+    """Draws the training and validation loss over steps as a PNG.
+
+    Args:
+      records: from `read_metrics`.
+      path: where to.
+      title: above the curves.
+      reference_loss: validation loss of OpenAI's GPT-2, drawn as a line.
+    """
     # Figure's own canvas draws to files: no pyplot, no window, no global state.
     from matplotlib.figure import Figure
 
@@ -44,13 +96,17 @@ def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
         ("loss", "training", {"linewidth": 0.8, "alpha": 0.7}),
         ("val_loss", "validation", {"marker": "o", "markersize": 4, "linewidth": 2}),
     ):
-        curve = [(record["step"], record[name]) for record in records if name in record]
+        curve = [(r["step"], r[name]) for r in records if r.get(name) is not None]
         if curve:
             steps, losses = zip(*curve, strict=True)
             axes.plot(steps, losses, label=f"{label}, last {losses[-1]:.3f}", **style)
-    axes.set(xlabel="step", ylabel="cross-entropy, nats per token", title=title)
+    if reference_loss is not None:
+        label = f"OpenAI's GPT-2, {reference_loss:.3f}"
+        axes.axhline(reference_loss, color="gray", linestyle="--", label=label)
+    axes.set(xlabel="step", ylabel="cross-entropy, nats per token")
+    axes.set_title(title, parse_math=False)  # a run may be named with two "$"
     axes.grid(alpha=0.3)
-    axes.legend()
-    scratch = path.with_name(f".{path.name}")
-    figure.savefig(scratch, format="png", dpi=120)
-    scratch.replace(path)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+    with written_beside(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)

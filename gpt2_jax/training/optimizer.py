@@ -6,6 +6,8 @@ import optax
 from gpt2_jax.model import Params
 from gpt2_jax.training.settings import OptimizerSettings
 
+_NEVER = 2**31 - 1  # int32: the wrapper would apply the gradient after that many
+
 
 def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     """Linear warm-up, then half a cosine: build-nanogpt's `get_lr`.
@@ -31,8 +33,13 @@ def decay_mask(params: Params) -> Params:
 def make_optimizer(
     settings: OptimizerSettings, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Clips the global norm, then AdamW with decoupled weight decay (Loshchilov & Hutter, 2019)."""
-    return optax.chain(
+    """Clips the global norm, then AdamW with decoupled weight decay (Loshchilov & Hutter, 2019).
+
+    A gradient that is not finite changes neither parameters nor moments nor schedule; the state
+    counts such steps ("total_notfinite", "notfinite_count"), and whoever runs the steps decides
+    when there were too many.
+    """
+    adamw = optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(
             schedule,
@@ -43,3 +50,4 @@ def make_optimizer(
             mask=decay_mask,
         ),
     )
+    return optax.apply_if_finite(adamw, max_consecutive_errors=_NEVER)

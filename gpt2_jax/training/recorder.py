@@ -1,85 +1,174 @@
-"""Turns a step's device values into the log and the display, one step late."""
+"""Turns values on the device into the log and the display, one step late."""
 
+import contextlib
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import optax
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import Params
-from gpt2_jax.training.metrics import MetricsLog
+from gpt2_jax.training.distributed import is_primary
+from gpt2_jax.training.engine import Engine
+from gpt2_jax.training.metrics import Record, records_until, rewrite
+from gpt2_jax.training.outputs import Outputs
 from gpt2_jax.training.progress import ProgressDisplay
 from gpt2_jax.training.settings import TrainSettings
 from gpt2_jax.training.step import StepMetrics
+from gpt2_jax.training.stopwatch import Stopwatch
+from gpt2_jax.training.trackers import open_trackers
+
+
+@contextlib.contextmanager
+def open_recorder(
+    settings: TrainSettings, engine: Engine, first: int, opt_state: optax.OptState
+) -> Iterator["Recorder"]:
+    """Opens files and display for a run that begins after `first` updates.
+
+    Records of a resumed run from after its checkpoint are dropped: they will come again.
+    """
+    run_dir = Path(settings.run_dir)
+    path = run_dir / "metrics.jsonl"
+    earlier = records_until(path, first)
+    skipped = int(optax.tree.get(opt_state, "total_notfinite", 0))
+    if is_primary():
+        rewrite(path, earlier)
+        trackers = open_trackers(settings, run_dir, first)
+        for record in earlier:
+            if record["step"] == first:  # they drop all from the first step on
+                for tracker in trackers:
+                    tracker.write(record)
+        outputs = Outputs(path, trackers)
+    else:
+        outputs = Outputs(None)
+    with outputs, ProgressDisplay(settings, engine.mfu, first, quiet=not is_primary()) as display:
+        data, layout = settings.data, engine.layout
+        display.say(
+            f"{data.batch_size * data.sequence_length:,} tokens a step = "
+            f"{data.micro_batch_size} sequences x {data.sequence_length:,} tokens x "
+            f"{layout.rows // data.micro_batch_size} device(s) x {layout.passes} pass(es)"
+        )
+        if first:
+            display.say(f"resuming after step {first}")
+        yield Recorder(settings, outputs, display, engine.schedule, earlier, skipped)
 
 
 class Recorder:
-    """Writes metrics.jsonl and shows progress.
+    """Writes records and shows progress.
 
-    Reading a metric waits for the device. So a step's metrics are read only when the next step
-    has been dispatched, and the device always has work.
+    Reading a value waits for the device. So what a step gives is read only when the next has
+    been dispatched, and the device always has work.
+
+    Args:
+      settings: the run.
+      outputs: where records go.
+      display: what the user sees.
+      schedule: of the learning rate.
+      earlier: records of a resumed run.
+      skipped: steps it has skipped.
     """
 
-    def __init__(self, settings: TrainSettings, run_dir: Path, schedule: optax.Schedule) -> None:
-        self._log = MetricsLog(run_dir / "metrics.jsonl")
-        self._display = ProgressDisplay(settings.steps, settings.log_every)
+    def __init__(
+        self,
+        settings: TrainSettings,
+        outputs: Outputs,
+        display: ProgressDisplay,
+        schedule: optax.Schedule,
+        earlier: Sequence[Record] = (),
+        skipped: int = 0,
+    ) -> None:
+        self.stopwatch = Stopwatch()
+        self.val_losses = {r["step"]: r["val_loss"] for r in earlier if "val_loss" in r}
+        """validation losses by step"""
+        self._outputs = outputs
+        self._display = display
         self._schedule = schedule
         self._tokens_per_step = settings.data.batch_size * settings.data.sequence_length
-        self._pending: tuple[int, StepMetrics] | None = None
-        self._clock = time.perf_counter()
+        self._max_skipped = settings.optimizer.max_skipped_steps
+        self._pending: tuple[int, StepMetrics | Record] | None = None
+        self._skipped = skipped
+        self._known = {(r["step"], name) for r in earlier for name in r}
 
-    def __enter__(self) -> "Recorder":
-        self._display.__enter__()
-        return self
+    def has(self, step: int, name: str) -> bool:
+        """Whether a resumed run measured this before it was stopped."""
+        return (step, name) in self._known
 
-    def __exit__(self, *_: object) -> None:
-        self._display.__exit__()
-        self._log.close()
+    def sync(self) -> None:
+        """Records what is held back, and waits until the disk has it."""
+        self.flush()
+        self._outputs.sync()
 
-    def step(self, step: int, metrics: StepMetrics) -> None:
-        """Takes the metrics of the step just dispatched and records those of the one before."""
-        previous, self._pending = self._pending, (step, metrics)
+    def finish(self, step: int, signal: str | None) -> None:
+        """Records what is held back and says how the run ended, after `step` updates."""
+        self.flush()
+        if signal is not None:
+            self._display.say(
+                f"stopped by {signal} after {step} steps; the same command goes on from there"
+            )
+        self._display.say(self.stopwatch.report())
+
+    def push(self, step: int, values: StepMetrics | Record) -> None:
+        """Takes what has just been dispatched, and records what came before it."""
+        previous, self._pending = self._pending, (step, values)
         if previous is not None:
             self._record(*previous)
 
     def flush(self) -> None:
-        """Records the metrics still held back."""
+        """Records what is still held back."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._record(*pending)
 
-    def validation(self, step: int, evaluate: Callable[[Params], float], params: Params) -> None:
-        """Measures and records the validation loss after `step` updates."""
-        self.flush()
-        loss = evaluate(params)
-        _check_finite(step, f"validation loss {loss}", loss)
-        self._log.write({"step": step, "val_loss": loss})
-        self._display.say(f"step {step}  validation loss {loss:.4f}")
-        self._clock = time.perf_counter()
+    def _record(self, step: int, values: StepMetrics | Record) -> None:
+        host: Any = jax.device_get(values)
+        if isinstance(values, StepMetrics):
+            self._record_step(step, host)
+        else:
+            self._record_evaluation(step, host)
 
-    def _record(self, step: int, metrics: StepMetrics) -> None:
+    def _record_step(self, step: int, metrics: StepMetrics) -> None:
+        seconds = self.stopwatch.lap("step")
         loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        _check_finite(step, f"loss {loss}, gradient norm {grad_norm}", loss, grad_norm)
-        learning_rate = float(self._schedule(step))
-        self._log.write(
+        # A skipped step leaves the schedule where it was.
+        learning_rate = float(self._schedule(step - self._skipped))
+        self._skipped = int(metrics.skipped)
+        self._outputs.write(
             {
                 "step": step,
-                "loss": loss,
-                "grad_norm": grad_norm,
+                "loss": loss if math.isfinite(loss) else None,
+                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
                 "learning_rate": learning_rate,
+                "skipped": self._skipped,
                 "tokens_per_second": round(self._tokens_per_step / seconds, 1),
             }
         )
-        self._display.step(step, loss, learning_rate, self._tokens_per_step, seconds)
+        self._display.step(step, loss, learning_rate, grad_norm, seconds)
+        if metrics.skipped_in_a_row:
+            self._display.say(
+                f"step {step}  gradient not finite: update skipped, {self._skipped} in all"
+            )
+        if metrics.skipped_in_a_row >= self._max_skipped:
+            raise UserError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}; "
+                f"{metrics.skipped_in_a_row} steps in a row had no finite gradient: the run "
+                f"diverged, lower --optimizer.learning_rate or lengthen --optimizer.warmup_steps"
+            )
 
-
-def _check_finite(step: int, report: str, *values: float) -> None:
-    if not all(map(math.isfinite, values)):
-        raise UserError(
-            f"step {step}: {report}; the run diverged, lower --optimizer.learning_rate or "
-            f"lengthen --optimizer.warmup_steps"
-        )
+    def _record_evaluation(self, step: int, values: Record) -> None:
+        self.stopwatch.lap("eval")
+        values = {
+            name: value if isinstance(value, list) else float(value)
+            for name, value in values.items()
+        }
+        for name, value in values.items():
+            if not isinstance(value, list) and not math.isfinite(value):
+                raise UserError(
+                    f"step {step}: {name} is {value}; the run diverged, lower "
+                    f"--optimizer.learning_rate or lengthen --optimizer.warmup_steps"
+                )
+        self._outputs.write({"step": step, **values})
+        self._display.evaluation(step, values)
+        if "val_loss" in values:
+            self.val_losses[step] = values["val_loss"]

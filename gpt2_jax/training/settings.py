@@ -1,17 +1,13 @@
 """Everything a training run depends on, as frozen dataclasses that are also the flags.
 
 A file in `configs/` holds one `TrainSettings` value named `config`; flags override its fields
-(`--optimizer.learning_rate 3e-4`); the run directory keeps the result as `config.json`.
+(`--optimizer.learning_rate 3e-4`); the run directory keeps the result as `config.json`
+(`gpt2_jax.training.config_files`).
 """
 
 import dataclasses
-import difflib
-import json
+import functools
 import math
-import re
-import runpy
-import traceback
-from pathlib import Path
 from typing import Any, Literal
 
 from gpt2_jax.config import GPT2Config, check_positive_int, is_number
@@ -29,7 +25,19 @@ class DataSettings:
     batch_size: int = 512
     """sequences in the global batch of one optimizer step; 512 x 1024 = 524,288 tokens"""
     micro_batch_size: int = 64
-    """sequences in one forward and backward pass; gradients accumulate over the batch"""
+    """sequences in one pass of one device; gradients accumulate over the passes of a batch"""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """How the devices are arranged; one axis may be -1, which takes all that are left."""
+
+    data: int = -1
+    """groups of devices that split each batch, every group with all parameters"""
+    fsdp: int = 1
+    """devices that split the batch and also share out parameters and optimizer state"""
+    tensor: int = 1
+    """devices that split the width of every layer and work on the same sequences"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,8 @@ class OptimizerSettings:
     """decoupled decay, on matrices and embeddings only"""
     clip_norm: float = 1.0
     """the global gradient norm is scaled down to this"""
+    max_skipped_steps: int = 10
+    """a step whose gradient is not finite is skipped; this many in a row stop the run"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +72,46 @@ class ValidationSettings:
     """steps between measurements; also before the first step and after the last"""
     windows: int = 1024
     """validation windows used, always the first ones"""
+    reference_loss: float | None = None
+    """loss of OpenAI's GPT-2 on the same windows, where it is known: a line in loss.png"""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+    """Texts the model writes while it learns."""
+
+    every: int = 0
+    """steps between samples; also after the last; 0 for none"""
+    prompt: str = "Hello, I'm a language model,"
+    """what they begin with"""
+    count: int = 2
+    """texts each time"""
+    max_new_tokens: int = 32
+    """length of each; top_k 50 at temperature 1"""
+
+
+@dataclasses.dataclass(frozen=True)
+class HellaSwagSettings:
+    """HellaSwag accuracy while the model learns, if its file is there."""
+
+    path: str = "data/hellaswag_val.jsonl"
+    """the 10,042 validation items as .jsonl or .jsonl.gz; nothing is measured without"""
+    every: int = 0
+    """steps between measurements; also after the last; 0 for none"""
+    items: int = 10_042
+    """items used, always the first ones"""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedSettings:
+    """Where this process stands among several; found by itself under a cluster's launcher."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, the same everywhere"""
+    num_processes: int | None = None
+    """processes in all"""
+    process_id: int | None = None
+    """this one's number, from 0"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,36 +132,59 @@ class TrainSettings:
     """tokens and batches"""
     optimizer: OptimizerSettings = OptimizerSettings()
     """AdamW and its schedule"""
+    mesh: MeshSettings = MeshSettings()
+    """how the devices are arranged"""
     validation: ValidationSettings = ValidationSettings()
     """held-out loss"""
+    samples: SampleSettings = SampleSettings()
+    """texts while it trains"""
+    hellaswag: HellaSwagSettings = HellaSwagSettings()
+    """HellaSwag while it trains"""
+    init_from: str | None = None
+    """weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face directory or
+    a run; the architecture is then theirs, dropout and vocabulary padding stay as set here"""
     checkpoint_every: int = 1000
     """steps between checkpoints; also after the last step"""
+    keep_checkpoints: int = 3
+    """how many of the latest are kept; the one of the lowest validation loss always is"""
     log_every: int = 10
     """steps between printed lines where the output is not a terminal; metrics.jsonl has all"""
+    tensorboard: bool = False
+    """also write the metrics to run_dir/tensorboard"""
+    wandb: str | None = None
+    """also send the metrics to this Weights & Biases project"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """compute dtype; parameters and optimizer state are always float32"""
+    remat: Literal["none", "dots", "block"] = "none"
+    """what the backward pass computes again to save memory: nothing, all but matrix products,
+    or whole blocks"""
     seed: int = 1337
     """fixes initial weights, order of the data and dropout"""
 
     def __post_init__(self) -> None:
-        positive = {
-            "steps": self.steps,
-            "data.sequence_length": self.data.sequence_length,
-            "data.batch_size": self.data.batch_size,
-            "data.micro_batch_size": self.data.micro_batch_size,
-            "validation.every": self.validation.every,
-            "validation.windows": self.validation.windows,
-            "checkpoint_every": self.checkpoint_every,
-            "log_every": self.log_every,
-        }
-        for name, value in positive.items():
-            check_positive_int(name, value)
+        for name in _POSITIVE:
+            check_positive_int(name, _field(self, name))
+        for name in _NOT_NEGATIVE:
+            _check_whole(name, _field(self, name))
         if type(self.seed) is not int or not 0 <= self.seed < 2**31:
             raise UserError(f"seed={self.seed} must be a whole number in [0, 2^31)")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise UserError(f"dtype={self.dtype!r} must be bfloat16 or float32")
+        for name, allowed in _CHOICES.items():
+            if _field(self, name) not in allowed:
+                raise UserError(f"{name}={_field(self, name)!r} must be {' or '.join(allowed)}")
         self._check_data()
+        self._check_mesh()
         self._check_optimizer()
+        reference = self.validation.reference_loss
+        for name in _TEXT:
+            value = _field(self, name)
+            if value is None and name in ("init_from", "wandb"):
+                continue
+            if type(value) is not str or not value:
+                raise UserError(f"{name}={value!r} must be text, and not empty")
+        if type(self.tensorboard) is not bool:
+            raise UserError(f"tensorboard={self.tensorboard!r} must be True or False")
+        if reference is not None and not (is_number(reference) and 0 < reference < math.inf):
+            raise UserError(f"validation.reference_loss={reference!r} must be finite and above 0")
 
     def _check_data(self) -> None:
         data = self.data
@@ -125,6 +198,14 @@ class TrainSettings:
                 f"data.batch_size={data.batch_size} is not a multiple of "
                 f"data.micro_batch_size={data.micro_batch_size}; choose sizes that divide"
             )
+
+    def _check_mesh(self) -> None:
+        sizes = dataclasses.asdict(self.mesh)
+        for name, size in sizes.items():
+            if type(size) is not int or (size < 1 and size != -1):
+                raise UserError(f"mesh.{name}={size} must be a whole number, at least 1, or -1")
+        if list(sizes.values()).count(-1) > 1:
+            raise UserError("only one axis of the mesh can be -1, which takes the devices left")
 
     def _check_optimizer(self) -> None:
         optimizer = self.optimizer
@@ -140,82 +221,33 @@ class TrainSettings:
             value = getattr(optimizer, name)
             if not is_number(value) or not 0 <= value < 1:
                 raise UserError(f"optimizer.{name}={value!r} must be in [0, 1)")
-        warmup = optimizer.warmup_steps
-        if type(warmup) is not int or warmup < 0:
-            raise UserError(f"optimizer.warmup_steps={warmup} must be a whole number, 0 or more")
 
 
-def load_config_file(path: Path) -> TrainSettings:
-    """Runs a Python config file and returns its `config`. The file is trusted code.
-
-    Raises:
-      UserError: if the file does not exist, fails, or defines no `config`; a misspelt field is
-        named together with the nearest known one.
-    """
-    if not path.is_file():
-        raise UserError(f"config file {path} does not exist; the ready ones are in configs/")
-    try:
-        config = runpy.run_path(str(path)).get("config")
-    except UserError as error:
-        raise UserError(f"config file {path}: {error}") from None
-    except Exception as error:
-        raise UserError(f"config file {path}, {_where(error, path)}: {_reason(error)}") from None
-    if not isinstance(config, TrainSettings):
-        raise UserError(f"config file {path} must define config = TrainSettings(...)")
-    return config
-
-
-def to_json(settings: TrainSettings) -> str:
-    """The settings as JSON text, nested as the dataclasses are."""
-    return json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
+_POSITIVE = (
+    "steps",
+    "data.sequence_length",
+    "data.batch_size",
+    "data.micro_batch_size",
+    "optimizer.max_skipped_steps",
+    "validation.every",
+    "validation.windows",
+    "samples.count",
+    "samples.max_new_tokens",
+    "hellaswag.items",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+)
+_TEXT = ("run_dir", "data.path", "samples.prompt", "hellaswag.path", "init_from", "wandb")
+_NOT_NEGATIVE = ("optimizer.warmup_steps", "samples.every", "hellaswag.every")
+_CHOICES = {"dtype": ("bfloat16", "float32"), "remat": ("none", "dots", "block")}
 
 
-def from_json(text: str, source: str) -> TrainSettings:
-    """Reads back what `to_json` wrote.
-
-    Args:
-      text: the JSON.
-      source: where it came from, for the error message.
-
-    Raises:
-      UserError: if it is not JSON, or has an unknown or missing field.
-    """
-    try:
-        fields: dict[str, Any] = json.loads(text)
-        for name, kind in _SECTIONS.items():
-            fields[name] = kind(**fields[name])
-        return TrainSettings(**fields)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{source} is not the config of a run ({error})") from None
+def _field(settings: TrainSettings, name: str) -> Any:
+    """A field by its dotted name."""
+    return functools.reduce(getattr, name.split("."), settings)
 
 
-_SECTIONS: dict[str, type] = {
-    "model": GPT2Config,
-    "data": DataSettings,
-    "optimizer": OptimizerSettings,
-    "validation": ValidationSettings,
-}
-
-
-def _reason(error: Exception) -> str:
-    """The error's text; for a misspelt field, with the nearest one there is."""
-    kinds = (TrainSettings, *_SECTIONS.values())
-    names = "|".join(kind.__name__ for kind in kinds)
-    misspelt = re.search(rf"(?:{names})\.__init__.* keyword argument '(\w+)'", str(error))
-    if not misspelt:
-        return str(error)
-    known = [field.name for kind in kinds for field in dataclasses.fields(kind)]
-    near = difflib.get_close_matches(misspelt[1], known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "--help lists every setting"
-    return f"unknown setting {misspelt[1]!r}; {hint}"
-
-
-def _where(error: Exception, path: Path) -> str:
-    """The line of the config file an error came from."""
-    if isinstance(error, SyntaxError):
-        return f"line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-    return f"line {lines[-1]}, {type(error).__name__}" if lines else type(error).__name__
+def _check_whole(name: str, value: Any) -> None:
+    if type(value) is not int or value < 0:
+        raise UserError(f"{name}={value} must be a whole number, 0 or more")

@@ -3,6 +3,7 @@
 Nothing here knows of files, devices or loops. The caller jits it once, donating the state.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,60 +24,85 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, float32 scalars."""
+    """What a step reports, scalars; float32 unless another type is named."""
 
     loss: jax.Array
     """mean cross-entropy of the batch before the update, nats per token"""
     grad_norm: jax.Array
     """global norm of the gradient before clipping"""
+    skipped: jax.Array
+    """int32, steps so far whose gradient was not finite and that changed nothing"""
+    skipped_in_a_row: jax.Array
+    """int32, how many of them are the latest steps"""
 
 
-def init_state(model: GPT2, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """The state before the first step; `key` is the run's key, as given to `train_step`."""
-    params = init_params(model.config, _init_key(key))
+def init_state(
+    model: GPT2,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    params: Params | None = None,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      model: the model.
+      optimizer: from `make_optimizer`.
+      key: the run's key, as given to `train_step`.
+      params: parameters to start from; None draws new ones.
+    """
+    if params is None:
+        params = init_params(model.config, _init_key(key))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def train_step(
     state: TrainState,
-    tokens_BT: jax.Array,
+    tokens_NBT: jax.Array,
     key: jax.Array,
     *,
     model: GPT2,
     optimizer: optax.GradientTransformation,
-    micro_batch_size: int,
+    gather: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[TrainState, StepMetrics]:
     """Applies one optimizer step.
 
     Args:
       state: from `init_state` or the step before.
-      tokens_BT: the global batch, int32 [B, T + 1]; inputs and targets are its two shifts.
-      key: the run's key; dropout draws from `fold_in(key, step)`.
+      tokens_NBT: the global batch, int32 [N, B, T + 1], in N passes of B sequences; inputs and
+        targets are its two shifts. The gradient is that of all N x B sequences, however they
+        are arranged.
+      key: the run's key; dropout draws from `fold_in(key, step)`, anew in each pass.
       model: the model, static under jit.
       optimizer: from `make_optimizer`, static under jit.
-      micro_batch_size: rows in one forward and backward pass; divides B. The gradient is that
-        of the whole batch whatever it is.
+      gather: says where parameters lie while they are computed with; the identity in value.
 
     Returns:
       The new state and this step's metrics.
     """
-    micro_batches = tokens_BT.shape[0] // micro_batch_size
-    tokens_NMT = tokens_BT.reshape(micro_batches, micro_batch_size, tokens_BT.shape[1])
+    passes = len(tokens_NBT)
     step_key = jax.random.fold_in(_dropout_key(key), state.step)
 
-    def accumulate(total, micro):  # type: ignore[no-untyped-def]
-        tokens_MT, index = micro
-        micro_key = jax.random.fold_in(step_key, index)
-        result = jax.value_and_grad(batch_loss)(state.params, tokens_MT, micro_key, model=model)
+    def pass_loss(params: Params, tokens_BT: jax.Array, pass_key: jax.Array) -> jax.Array:
+        return batch_loss(gather(params), tokens_BT, pass_key, model=model)
+
+    def accumulate(total, one_pass):  # type: ignore[no-untyped-def]
+        tokens_BT, index = one_pass
+        pass_key = jax.random.fold_in(step_key, index)
+        result = jax.value_and_grad(pass_loss)(state.params, tokens_BT, pass_key)
         return jax.tree.map(jnp.add, total, result), None
 
     zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
-    total, _ = jax.lax.scan(accumulate, zero, (tokens_NMT, jnp.arange(micro_batches)))
-    loss, grads = jax.tree.map(lambda value: value / micro_batches, total)
+    total, _ = jax.lax.scan(accumulate, zero, (tokens_NBT, jnp.arange(passes)))
+    loss, grads = jax.tree.map(lambda value: value / passes, total)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = StepMetrics(loss, optax.tree.norm(grads))
+    # Counted by `optax.apply_if_finite`, where the optimizer has it.
+    skipped, in_a_row = (
+        jnp.asarray(optax.tree.get(opt_state, name, 0), jnp.int32)
+        for name in ("total_notfinite", "notfinite_count")
+    )
+    metrics = StepMetrics(loss, optax.tree.norm(grads), skipped, in_a_row)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

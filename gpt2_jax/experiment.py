@@ -1,0 +1,163 @@
+"""A training run put together: data, first weights and what is measured on the way.
+
+`gpt2_jax.training` knows neither generation nor evaluation; here it is handed both.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt2_jax import tokenizer
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.data.batches import training_batches, validation_windows
+from gpt2_jax.data.dataset import open_dataset
+from gpt2_jax.errors import UserError
+from gpt2_jax.evaluation.hellaswag import make_hellaswag, read_items
+from gpt2_jax.files import read_text
+from gpt2_jax.generation.decode import check_prompt, generate
+from gpt2_jax.generation.sampling import Sampling
+from gpt2_jax.model import GPT2, Params
+from gpt2_jax.sources import load_source
+from gpt2_jax.training.checkpoint import Checkpoints
+from gpt2_jax.training.config_files import from_json
+from gpt2_jax.training.loop import train
+from gpt2_jax.training.mesh import Layout
+from gpt2_jax.training.settings import SampleSettings, TrainSettings
+from gpt2_jax.training.step import TrainState
+from gpt2_jax.training.validation import Measure, Probe
+
+
+def run(settings: TrainSettings, **options: bool) -> TrainState:
+    """Opens everything the settings name and trains.
+
+    Args:
+      settings: the run.
+      **options: `resume`, `overwrite`, `allow_changes` and `profile` of `training.loop.train`.
+
+    Returns:
+      The last state.
+
+    Raises:
+      UserError: if data, weights or settings won't do, and as `train` does.
+    """
+    initial_params = None
+    if settings.init_from is not None:
+        settings, initial_params = _start_from(settings, settings.init_from, **options)
+    data = settings.data
+    vocab_size = settings.model.vocab_size
+    train_windows, held_out = open_dataset(data.path, data.sequence_length, vocab_size)
+    return train(
+        settings,
+        training_batches(train_windows, data.batch_size, settings.seed),
+        validation_windows(held_out, settings.validation.windows),
+        probes=_probes(settings),
+        initial_params=initial_params,
+        fingerprint=train_windows.fingerprint(),
+        **options,
+    )
+
+
+def _start_from(
+    settings: TrainSettings, source: str, *, overwrite: bool = False, **_: bool
+) -> tuple[TrainSettings, Params | None]:
+    """Weights from elsewhere, and the settings with their architecture.
+
+    A run that has checkpoints needs the weights no more: they may be gone.
+    """
+    run_dir = Path(settings.run_dir)
+    stored = run_dir / "config.json"
+    if not overwrite and stored.exists() and Checkpoints(run_dir).finished():
+        config = from_json(read_text(stored), str(stored)).model
+        return dataclasses.replace(settings, model=config), None
+    params, config = load_source(source)
+    mine = settings.model
+    config = dataclasses.replace(
+        config,
+        embd_pdrop=mine.embd_pdrop,
+        attn_pdrop=mine.attn_pdrop,
+        resid_pdrop=mine.resid_pdrop,
+        pad_vocab_size_multiple=mine.pad_vocab_size_multiple,
+    )
+    try:
+        settings = dataclasses.replace(settings, model=config)
+    except UserError as error:
+        raise UserError(f"--init_from {source}: {error}") from None
+    return settings, _pad_vocabulary(jax.device_get(params), config)
+
+
+def _pad_vocabulary(params: Params, config: GPT2Config) -> Params:
+    """The same parameters with the rows of padding that the config asks for."""
+    padded = dict(params)
+    for name in ("wte", "lm_head"):
+        if name in params:
+            table_VD = params[name]["embedding"][: config.vocab_size]
+            padding = config.padded_vocab_size - config.vocab_size
+            padded[name] = {"embedding": np.pad(table_VD, ((0, padding), (0, 0)))}
+    return padded
+
+
+def _probes(settings: TrainSettings) -> list[Probe]:
+    """What the settings ask to measure beside the validation loss."""
+    probes = []
+    samples, hellaswag = settings.samples, settings.hellaswag
+    if samples.every:
+        _check_vocabulary(settings.model, "samples.every")
+        prompt = tokenizer.encode(samples.prompt).tolist()
+        check_prompt(prompt, settings.model)
+        probes.append(
+            Probe(
+                "samples",
+                samples.every,
+                lambda model, layout: _make_samples(samples, prompt, settings.seed, model, layout),
+            )
+        )
+    if hellaswag.every and Path(hellaswag.path).exists():
+        _check_vocabulary(settings.model, "hellaswag.every")
+        items = read_items(Path(hellaswag.path), hellaswag.items)
+
+        def make(model: GPT2, layout: Layout) -> Measure:
+            score = make_hellaswag(model, items, layout.rows, layout.put_rows, layout.replicated)
+
+            def measure(params: Params) -> dict[str, Any]:
+                result = score(params)
+                return {"hellaswag_acc": result.acc, "hellaswag_acc_norm": result.acc_norm}
+
+            return measure
+
+        probes.append(Probe("hellaswag_acc", hellaswag.every, make))
+    return probes
+
+
+def _check_vocabulary(config: GPT2Config, setting: str) -> None:
+    if config.vocab_size < tokenizer.VOCAB_SIZE:
+        raise UserError(
+            f"{setting} needs GPT-2's {tokenizer.VOCAB_SIZE} tokens, but "
+            f"model.vocab_size={config.vocab_size}; set it to 0"
+        )
+
+
+def _make_samples(
+    settings: SampleSettings, prompt: list[int], seed: int, model: GPT2, layout: Layout
+) -> Measure:
+    """Texts from a prompt, the same in all processes."""
+    sampling = Sampling(top_k=50)
+    # Each process writes them all by itself, on one device with a copy of the parameters.
+    gather = jax.jit(lambda params: params, out_shardings=layout.replicated)
+
+    def measure(params: Params) -> dict[str, Any]:
+        local = jax.tree.map(lambda leaf: leaf.addressable_data(0), gather(params))
+        texts = generate(
+            local,
+            model.config,
+            [prompt] * settings.count,
+            max_new_tokens=settings.max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            dtype=model.dtype,
+        )
+        return {"samples": [tokenizer.decode(prompt + text) for text in texts]}
+
+    return measure
