@@ -34,8 +34,8 @@ class Flags:
     kjj0/finewebedu10B-gpt2"""
     limit_tokens: int | None = None
     """tokens in all shards together; with --pretokenized as many whole shards as it takes"""
-    shard_tokens: int = 100_000_000
-    """tokens in a shard"""
+    shard_tokens: int | None = None
+    """tokens in a shard; default: 100,000,000, or a tenth of a smaller --limit_tokens"""
     output: Path = Path("data/edu_fineweb10B")
     """directory for the shards; configs/124m.py reads the default"""
     processes: int | None = None
@@ -62,13 +62,17 @@ def main() -> None:
 def _tokenize(flags: Flags) -> dict[str, Any]:
     from gpt2_jax.data.corpus import open_corpus
     from gpt2_jax.data.shard_progress import ShardProgress
+    from gpt2_jax.data.shards import SHARD_TOKENS
     from gpt2_jax.data.token_stream import write_stream
     from gpt2_jax.data.unfinished import make_dataset
 
-    if flags.limit_tokens is not None and flags.limit_tokens <= flags.shard_tokens:
+    limit, shard_tokens = flags.limit_tokens, flags.shard_tokens or SHARD_TOKENS
+    if flags.shard_tokens is None and limit is not None:
+        shard_tokens = min(shard_tokens, max(1, limit // 10))
+    if limit is not None and limit <= shard_tokens:
         raise UserError(
-            f"limit_tokens={flags.limit_tokens} must be more than shard_tokens="
-            f"{flags.shard_tokens}: the first shard is for validation; raise one or lower the other"
+            f"limit_tokens={limit} must be more than shard_tokens={shard_tokens}: the first "
+            f"shard is for validation; raise one or lower the other"
         )
     corpus = open_corpus(
         flags.dataset,
@@ -77,7 +81,7 @@ def _tokenize(flags: Flags) -> dict[str, Any]:
         revision=flags.revision,
         text_column=flags.text_column,
     )
-    sizes = {"shard_tokens": flags.shard_tokens, "limit_tokens": flags.limit_tokens}
+    sizes = {"shard_tokens": shard_tokens, "limit_tokens": limit}
     with ShardProgress("tokenizing") as progress:
         grow = functools.partial(
             write_stream,
