@@ -309,7 +309,7 @@ def test_if_all_are_damaged_the_run_is_not_started_anew(run_dir, shallow_config)
     assert checkpoints.newest_intact(PARTS) is None
     with pytest.raises(UserError, match=r"no checkpoint in .* is intact.*--overwrite"):
         first_step(checkpoints, None)
-    with pytest.raises(UserError, match="no checkpoint in .* is intact"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is intact"):
         checkpoints.restore_params(param_shapes(shallow_config))
     assert checkpoints.finished() == [17, 18]
 

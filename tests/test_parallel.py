@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,6 +17,7 @@ import pytest
 
 from gpt2_jax.data.batches import Windows, training_batches, validation_windows
 from gpt2_jax.model import GPT2, param_shapes
+from gpt2_jax.training.checkpoint import Checkpoints
 from gpt2_jax.training.config_files import to_json
 from gpt2_jax.training.engine import make_engine
 from gpt2_jax.training.loop import train
@@ -126,47 +130,62 @@ def test_with_fsdp_no_activation_travels_and_state_is_shared_out(settings):
     assert gathered <= shapes | transposed
 
 
-def test_two_processes_train_as_one(settings, on_one_device, tmp_path):
-    """Over gloo, two devices each, fsdp across the process boundary."""
+@pytest.fixture
+def two_processes(settings, tmp_path):
+    """Starts a run as two processes that meet over gloo, two devices each."""
     shards = tmp_path / "data"
     shards.mkdir()
     np.save(shards / "train_000000.npy", TOKENS[:800])
     np.save(shards / "val_000000.npy", TOKENS[800:])
-    config = tmp_path / "config.json"
-    config.write_text(
-        to_json(
-            dataclasses.replace(
-                settings,
-                run_dir=str(tmp_path / "run"),
-                data=dataclasses.replace(settings.data, path=str(shards)),
-                mesh=MeshSettings(data=1, fsdp=4),
-            )
-        )
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [
-                *(sys.executable, str(SCRIPT), "--config", str(config)),
-                *("--distributed.coordinator", f"127.0.0.1:{port}"),
-                *("--distributed.num_processes", "2", "--distributed.process_id", str(index)),
-            ],
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "finished" in outputs[0][0]
-    # One process speaks for both; Gloo reports its connections by itself.
-    assert [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")] == []
+    processes = []
+
+    def start(**changes):
+        data = dataclasses.replace(settings.data, path=str(shards))
+        changed = dataclasses.replace(settings, run_dir=str(tmp_path / "run"), data=data, **changes)
+        config = tmp_path / "config.json"
+        config.write_text(to_json(changed))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        for index in range(2):
+            command = [sys.executable, str(SCRIPT), "--config", str(config)]
+            command += ["--distributed.coordinator", address]
+            command += ["--distributed.num_processes", "2", "--distributed.process_id", str(index)]
+            environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            processes.append(subprocess.Popen(command, env=environment, **pipes))
+        return processes
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def outputs_of(processes):
+    """What each says, once both have ended well; Gloo reports its connections by itself."""
+    texts = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    return [re.sub(r"\[Gloo\].*\n", "", out) for out, _ in texts]
+
+
+def test_two_processes_train_as_one(two_processes, on_one_device, tmp_path):
+    """With fsdp across the boundary between them."""
+    first, second = outputs_of(two_processes(mesh=MeshSettings(data=1, fsdp=4)))
+    assert "finished" in first
+    assert second == ""  # one speaks for both
     np.testing.assert_allclose(losses(tmp_path / "run"), on_one_device, rtol=0, atol=1e-5)
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(two_processes, tmp_path):
+    processes = two_processes(mesh=MeshSettings(), steps=10**6)
+    file = tmp_path / "run" / "metrics.jsonl"
+    while all(process.poll() is None for process in processes):
+        if file.exists() and file.read_bytes().count(b"\n") > 12:
+            break
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    first, second = outputs_of(processes)
+    step = int(re.search(r"stopped after (\d+) steps, as another process was told to", first)[1])
+    assert second == ""
+    assert Checkpoints(tmp_path / "run").newest_intact(["params", "opt_state"]) == step

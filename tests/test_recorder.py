@@ -200,12 +200,12 @@ def test_all_is_on_disk_before_a_checkpoint(settings, path, monkeypatch):
 
 def test_the_end_is_told_with_its_reason(recorder, path, capsys):
     recorder.push(3, metrics(1.0))
-    recorder.finish(4, "SIGTERM")
+    recorder.finish("stopped by SIGTERM after 4 steps")
     said = capsys.readouterr().out
     assert "stopped by SIGTERM after 4 steps; the same command goes on" in said
     assert said.splitlines()[-1].startswith("time ")
     assert [record["step"] for record in read_metrics(path)] == [3]
-    recorder.finish(4, None)
+    recorder.finish(None)
     assert "stopped" not in capsys.readouterr().out
 
 
@@ -254,7 +254,7 @@ def test_only_the_first_process_writes_and_speaks(settings, path, capsys, monkey
         assert recorder.has(0, "val_loss")  # or the processes would not measure the same
         recorder.push(0, metrics(1.0))
         recorder.sync()
-        recorder.finish(1, "SIGTERM")
+        recorder.finish("stopped by SIGTERM after 1 steps")
     assert path.read_bytes() == before
     assert capsys.readouterr().out == ""
 

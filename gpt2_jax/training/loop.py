@@ -141,7 +141,7 @@ class _Loop:
             self.checkpoints.check()
         with stopwatch.block("checkpoint"):
             self.checkpoints.wait()
-        self.recorder.finish(step, self.stop.signal)
+        self.recorder.finish(self.stop.describe(step) if stopping else None)
         return state
 
     def _prefetch(self, first: int) -> Iterator[jax.Array]:

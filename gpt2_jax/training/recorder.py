@@ -100,13 +100,11 @@ class Recorder:
         self.flush()
         self._outputs.sync()
 
-    def finish(self, step: int, signal: str | None) -> None:
-        """Records what is held back and says how the run ended, after `step` updates."""
+    def finish(self, stopped: str | None) -> None:
+        """Records what is held back and says how the run ended, if not by its last step."""
         self.flush()
-        if signal is not None:
-            self._display.say(
-                f"stopped by {signal} after {step} steps; the same command goes on from there"
-            )
+        if stopped is not None:
+            self._display.say(f"{stopped}; the same command goes on from there")
         self._display.say(self.stopwatch.report())
 
     def push(self, step: int, values: StepMetrics | Record) -> None:

@@ -42,6 +42,12 @@ class StopRequest:
         for other in self._previous:
             signal.signal(other, signal.SIG_DFL)
 
+    def describe(self, step: int) -> str:
+        """Why the run ends after `step` steps, in half a sentence."""
+        if self.signal is None:
+            return f"stopped after {step} steps, as another process was told to"
+        return f"stopped by {self.signal} after {step} steps"
+
     def agreed(self) -> bool:
         """Whether to stop now; every process must ask after every step.
 
