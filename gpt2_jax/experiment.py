@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gpt2_jax.model import GPT2, Params
 from gpt2_jax.sources import load_source
 from gpt2_jax.training.checkpoint import Checkpoints
 from gpt2_jax.training.config_files import from_json
+from gpt2_jax.training.distributed import is_primary
 from gpt2_jax.training.loop import train
 from gpt2_jax.training.mesh import Layout
 from gpt2_jax.training.settings import SampleSettings, TrainSettings
@@ -85,6 +87,12 @@ def _start_from(
         settings = dataclasses.replace(settings, model=config)
     except UserError as error:
         raise UserError(f"--init_from {source}: {error}") from None
+    if config != mine and is_primary():
+        print(
+            f"starting from {source}: {config.parameter_count:,} parameters in {config.n_layer} "
+            f"layers, an architecture other than the config's",
+            file=sys.stderr,
+        )
     return settings, _pad_vocabulary(jax.device_get(params), config)
 
 

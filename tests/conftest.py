@@ -1,9 +1,12 @@
 """What the tests share: two small models, eight devices, and the rule that no shape broadcasts
 by accident."""
 
+import contextlib
 import dataclasses
+import http.server
 import os
 import tempfile
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -65,3 +68,23 @@ def shallow_config(tiny_config: GPT2Config) -> GPT2Config:
 @pytest.fixture(scope="session")
 def shallow_params(shallow_config: GPT2Config, tiny_params: Params) -> Params:
     return {name: tiny_params[name] for name in param_shapes(shallow_config)}
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """Starts an HTTP server on loopback: `with serve(Handler) as server`; it has a list `requests`
+    for the handler to fill.
+    """
+
+    @contextlib.contextmanager
+    def serving(handler):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.requests = []
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+    return serving

@@ -11,7 +11,6 @@ import re
 import struct
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -121,15 +120,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests = []
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def hub(serve):
+    with serve(Hub) as server:
+        yield server
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from pathlib import Path
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import held, read_text, write_text
 from gpt2_jax.training.config_files import differences, from_json, is_free_on_resume, to_json
+from gpt2_jax.training.distributed import is_primary
 from gpt2_jax.training.settings import TrainSettings
 
 _CONTENTS = (
@@ -95,7 +96,7 @@ def check_run(
             f"give another --run_dir, --allow_changes to go on with the new settings, or "
             f"--overwrite to replace the run"
         )
-    if changes:
+    if changes and is_primary():
         print(f"resuming with changed settings: {_list(changes, list(changes))}", file=sys.stderr)
     return True
 
