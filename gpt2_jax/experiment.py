@@ -24,7 +24,7 @@ from gpt2_jax.model import GPT2, Params
 from gpt2_jax.sources import load_source
 from gpt2_jax.training.checkpoint import Checkpoints
 from gpt2_jax.training.config_files import from_json
-from gpt2_jax.training.distributed import is_primary
+from gpt2_jax.training.distributed import agree, is_primary
 from gpt2_jax.training.loop import train
 from gpt2_jax.training.mesh import Layout
 from gpt2_jax.training.settings import SampleSettings, TrainSettings
@@ -71,10 +71,12 @@ def _start_from(
     """
     run_dir = Path(settings.run_dir)
     stored = run_dir / "config.json"
-    if not overwrite and stored.exists() and Checkpoints(run_dir).finished():
+    begun = not overwrite and stored.exists() and bool(Checkpoints(run_dir).finished())
+    params = None
+    if agree(begun):
         config = from_json(read_text(stored), str(stored)).model
-        return dataclasses.replace(settings, model=config), None
-    params, config = load_source(source)
+    else:
+        params, config = load_source(source)
     mine = settings.model
     config = dataclasses.replace(
         config,
@@ -87,6 +89,8 @@ def _start_from(
         settings = dataclasses.replace(settings, model=config)
     except UserError as error:
         raise UserError(f"--init_from {source}: {error}") from None
+    if params is None:
+        return settings, None
     if config != mine and is_primary():
         print(
             f"starting from {source}: {config.parameter_count:,} parameters in {config.n_layer} "
@@ -122,7 +126,7 @@ def _probes(settings: TrainSettings) -> list[Probe]:
                 lambda model, layout: _make_samples(samples, prompt, settings.seed, model, layout),
             )
         )
-    if hellaswag.every and Path(hellaswag.path).exists():
+    if hellaswag.every and agree(Path(hellaswag.path).exists()):
         _check_vocabulary(settings.model, "hellaswag.every")
         items = read_items(Path(hellaswag.path), hellaswag.items)
 
@@ -143,7 +147,7 @@ def _check_vocabulary(config: GPT2Config, setting: str) -> None:
     if config.vocab_size < tokenizer.VOCAB_SIZE:
         raise UserError(
             f"{setting} needs GPT-2's {tokenizer.VOCAB_SIZE} tokens, but "
-            f"model.vocab_size={config.vocab_size}; set it to 0"
+            f"model.vocab_size={config.vocab_size}; set {setting} to 0"
         )
 
 

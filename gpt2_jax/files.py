@@ -37,6 +37,8 @@ def written_beside(path: Path) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}")
     try:
         yield scratch
+        with scratch.open("rb") as data:
+            os.fsync(data.fileno())  # or a power failure could leave the name without the content
         scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)

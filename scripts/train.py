@@ -55,7 +55,7 @@ def main() -> None:
         allow_changes=flags.allow_changes,
         profile=flags.profile,
     )
-    if is_primary() and state.step == settings.steps:
+    if int(state.step) == settings.steps and is_primary():
         print(
             f"finished: {settings.run_dir}/ holds config.json, metrics.jsonl, loss.png, "
             f"checkpoints/"

@@ -184,8 +184,8 @@ def test_a_run_without_checkpoints_says_so(tmp_path, shallow_config):
         checkpoints = Checkpoints(run_dir)
         assert checkpoints.steps() == checkpoints.finished() == []
         assert checkpoints.newest_intact(PARTS) is None
-        checkpoints.make_room_after(None)
-        assert "no checkpoint was saved" in checkpoints.state_of_affairs()
+        checkpoints.set_aside_newer_than(None)
+        assert "no checkpoint was saved" in checkpoints.describe_last_good()
         with pytest.raises(UserError, match="holds no finished checkpoint"):
             checkpoints.restore_params(param_shapes(shallow_config))
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.training.distributed import agree, is_primary, join_cluster, wait_for_all
+from gpt2_jax.training.distributed import agree, check_same, is_primary, join_cluster
 from gpt2_jax.training.settings import DistributedSettings
 
 SLURM = {
@@ -62,7 +62,7 @@ def test_a_process_by_itself_joins_nobody(calls, capsys):
     assert capsys.readouterr() == ("", "")
     assert is_primary()
     assert agree(17) == 17
-    wait_for_all("nobody")
+    check_same("settings", "of nobody else")
 
 
 def test_flags_say_it_all(calls):

@@ -9,11 +9,11 @@ import pytest
 from gpt2_jax.errors import UserError
 from gpt2_jax.training.metrics import (
     MetricsLog,
-    plot_losses,
     read_metrics,
     records_until,
     rewrite,
 )
+from gpt2_jax.training.plot import plot_losses
 
 # As a run writes them: measured after `step` updates, then the update to step + 1.
 RECORDS = [

@@ -155,7 +155,7 @@ class Checkpoints:
         """Steps of the checkpoints that have a manifest, in order."""
         return [step for step in self.steps() if (self.directory / str(step) / NAME).exists()]
 
-    def state_of_affairs(self) -> str:
+    def describe_last_good(self) -> str:
         """What is safe, as half a sentence."""
         finished = self.finished()
         if not finished:
@@ -166,18 +166,20 @@ class Checkpoints:
         """What `save` was given to record with a checkpoint."""
         return read_manifest(self.directory / str(step))
 
-    def make_room_after(self, step: int | None) -> None:
+    def set_aside_newer_than(self, step: int | None) -> None:
         """Moves what is newer than `step`, or has no manifest, to RUN_DIR/damaged.
 
-        What Orbax itself left half-written is removed.
+        What lay there goes, so that damage cannot fill the disk; so does what Orbax itself left
+        half-written.
         """
-        for number in set(self.steps()) - set(self.finished()) | {
-            number for number in self.steps() if step is None or number > step
-        }:
-            aside = self.directory.parent / DAMAGED / str(number)
+        newer = {number for number in self.steps() if step is None or number > step}
+        useless = newer | (set(self.steps()) - set(self.finished()))
+        aside = self.directory.parent / DAMAGED
+        if useless:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.parent.mkdir(exist_ok=True)
-            shutil.move(self.directory / str(number), aside)
+            aside.mkdir()
+        for number in useless:
+            shutil.move(self.directory / str(number), aside / str(number))
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -227,7 +229,7 @@ class Checkpoints:
         reason = str(error).strip().rpartition('": ')[2] or type(error).__name__
         return UserError(
             f"cannot write the checkpoint of step {step} to {self.directory} ({reason}); "
-            f"{self.state_of_affairs()}; free space or permissions, then run the same "
+            f"{self.describe_last_good()}; free space or permissions, then run the same "
             f"command to go on"
         )
 

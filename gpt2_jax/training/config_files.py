@@ -27,7 +27,7 @@ from gpt2_jax.training.settings import (
 )
 
 # May change when a run is resumed: they move the run or its records, not what it computes
-# beyond the rounding of sums in another order.
+# beyond the rounding of sums in another order and, with dropout, the draw of its masks.
 FREE_ON_RESUME = (
     "run_dir",
     "data.path",
@@ -77,7 +77,7 @@ def from_json(text: str, source: str) -> TrainSettings:
       source: where it came from, for the error message.
 
     Raises:
-      UserError: if it is not JSON, or has an unknown or missing field.
+      UserError: if it is not JSON, has an unknown field or lacks one without a default.
     """
     try:
         fields: dict[str, Any] = json.loads(text)

@@ -17,7 +17,6 @@ from gpt2_jax.training.settings import DistributedSettings
 class _Place(NamedTuple):
     """Where a launcher put this process."""
 
-    launcher: str
     processes: int
     process: int
     coordinator: str | None
@@ -89,12 +88,14 @@ def agree(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def wait_for_all(what: str) -> None:
-    """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)
+def check_same(what: str, text: str) -> None:
+    """Raises UserError where a text is not what it is in process 0."""
+    mine = zlib.crc32(text.encode()) >> 1  # an int32
+    if agree(mine) != mine:
+        raise UserError(
+            f"{what} of process {jax.process_index()} are not those of process 0; give all "
+            f"processes the same files and flags"
+        )
 
 
 def _check(values: dict[str, Any]) -> None:
@@ -133,7 +134,7 @@ def _slurm() -> _Place | None:
     port = 61440 + ((_number("SLURM_JOB_ID") or 0) + 7 * (_number("SLURM_STEP_ID") or 0)) % 4096
     alone = re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     devices = None if alone else _device_of_rank(_number("SLURM_LOCALID"))
-    return _Place("Slurm", count, _number("SLURM_PROCID") or 0, f"{host}:{port}", devices)
+    return _Place(count, _number("SLURM_PROCID") or 0, f"{host}:{port}", devices)
 
 
 def _open_mpi() -> _Place | None:
@@ -146,7 +147,7 @@ def _open_mpi() -> _Place | None:
     port = 61440 + zlib.crc32(next(filter(None, names), "").encode()) % 4096
     coordinator = f"127.0.0.1:{port}" if here == count else None
     devices = None if here == 1 else _device_of_rank(_number("OMPI_COMM_WORLD_LOCAL_RANK"))
-    return _Place("Open MPI", count, _number("OMPI_COMM_WORLD_RANK") or 0, coordinator, devices)
+    return _Place(count, _number("OMPI_COMM_WORLD_RANK") or 0, coordinator, devices)
 
 
 def _device_of_rank(local_rank: int | None) -> list[int] | None:

@@ -14,10 +14,11 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.model import Params
 from gpt2_jax.training import run_dir as run_directory
 from gpt2_jax.training.checkpoint import Checkpoints
-from gpt2_jax.training.distributed import is_primary, wait_for_all
+from gpt2_jax.training.config_files import to_json
+from gpt2_jax.training.distributed import agree, check_same, is_primary
 from gpt2_jax.training.engine import Engine, make_engine
 from gpt2_jax.training.mesh import make_layout
-from gpt2_jax.training.metrics import plot_losses, read_metrics
+from gpt2_jax.training.plot import LossPlot
 from gpt2_jax.training.profiling import Trace
 from gpt2_jax.training.recorder import Recorder, open_recorder
 from gpt2_jax.training.resume import first_step
@@ -72,17 +73,17 @@ def train(
     resuming = run_directory.check_run(
         settings, resume=resume, overwrite=overwrite, allow_changes=allow_changes
     )
-    wait_for_all("every process has looked at the run directory")
+    check_same("settings or data", to_json(settings) + str(fingerprint))
     probes = [validation_probe(validation_NT, settings.validation.every), *probes]
     with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(run_dir, settings.keep_checkpoints))
+        stack.enter_context(_explained_errors(checkpoints))
         if is_primary():
             stack.enter_context(run_directory.locked(run_dir))
             if not resuming:
                 check_trackers(settings)
                 run_directory.clear(run_dir)
         stop = stack.enter_context(StopRequest(layout.mesh))
-        checkpoints = stack.enter_context(Checkpoints(run_dir, settings.keep_checkpoints))
-        stack.enter_context(_explained_os_errors(checkpoints))
         first = first_step(checkpoints, None if allow_changes else fingerprint)
         if first > settings.steps:
             raise UserError(
@@ -99,9 +100,9 @@ def train(
             run_directory.store_settings(settings)
         recorder = stack.enter_context(open_recorder(settings, engine, first, state.opt_state))
         trace = stack.enter_context(Trace(run_dir / "profile" if profile else None, first))
-        stack.callback(_plot, settings)
+        plot = stack.enter_context(LossPlot(settings))
         loop = _Loop(
-            settings, engine, batches, key, fingerprint, recorder, checkpoints, stop, trace
+            settings, engine, batches, key, fingerprint, recorder, checkpoints, stop, trace, plot
         )
         return loop.run(state, first, {probe: probe.make(engine.model, layout) for probe in probes})
 
@@ -119,6 +120,7 @@ class _Loop:
     checkpoints: Checkpoints
     stop: StopRequest
     trace: Trace
+    plot: LossPlot
 
     def run(self, state: TrainState, first: int, probes: dict[Probe, Measure]) -> TrainState:
         """Takes the state after `first` updates to the last one, or to where a signal stops it."""
@@ -156,7 +158,9 @@ class _Loop:
     ) -> None:
         """Measures what is due after `step` updates; the first time, all is compiled for it."""
         for probe, measure in probes.items():
-            if probe.is_due(step, self.settings.steps) and not self.recorder.has(step, probe.name):
+            # Only where a resumed run begins can it have been measured; all must know it alike.
+            known = first and agree(self.recorder.has(step, probe.name))
+            if probe.is_due(step, self.settings.steps) and not known:
                 self.recorder.flush()  # or the time of a probe would count as a step's
                 with self.recorder.stopwatch.block("compile" if first else "eval"):
                     values = measure(params)
@@ -171,29 +175,25 @@ class _Loop:
         facts = {"val_loss": self.recorder.val_losses.get(step), "data": self.fingerprint}
         with self.recorder.stopwatch.block("checkpoint"):
             self.checkpoints.save(state, facts)
+            self.plot.draw_now_and_then()
 
 
 @contextlib.contextmanager
-def _explained_os_errors(checkpoints: Checkpoints) -> Iterator[None]:
-    """Tells of a full disk or a directory that cannot be written in one line."""
+def _explained_errors(checkpoints: Checkpoints) -> Iterator[None]:
+    """Tells in one line of a full disk, a directory that cannot be written, too little memory."""
     try:
         yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "the devices have too little memory; halve --data.micro_batch_size, then try "
+            "--remat block, then --mesh.fsdp -1 --mesh.data 1"
+        ) from error
     except OSError as error:
         place = error.filename or checkpoints.directory.parent
         raise UserError(
             f"cannot write {place}: {error.strerror or error}; "
-            f"{checkpoints.state_of_affairs()}; free space or permissions, then run the same "
+            f"{checkpoints.describe_last_good()}; free space or permissions, then run the same "
             f"command to go on"
         ) from None
-
-
-def _plot(settings: TrainSettings) -> None:
-    """Draws loss.png from whatever was recorded."""
-    run_dir = Path(settings.run_dir)
-    if is_primary():
-        plot_losses(
-            read_metrics(run_dir / "metrics.jsonl"),
-            run_dir / "loss.png",
-            f"{run_dir.name}: {settings.model.parameter_count:,} parameters",
-            settings.validation.reference_loss,
-        )

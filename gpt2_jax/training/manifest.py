@@ -7,6 +7,7 @@ The manifest is written last. A checkpoint without one was never finished.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ def write_manifest(checkpoint: Path, facts: dict[str, Any]) -> None:
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
     names = [file.relative_to(checkpoint).as_posix() for file in files]
     with ThreadPoolExecutor() as pool:
+        list(pool.map(_sync, files))  # the checkpoint before may go as soon as this one counts
         digests = dict(zip(names, pool.map(_digest, files), strict=True))
     body = json.dumps({**facts, "files": digests}, indent=1)
     # The last line is the digest of all before it, so that the manifest vouches for itself.
@@ -74,6 +76,11 @@ def verify(checkpoint: Path, parts: Iterable[str]) -> None:
                 )
             if found != digest:
                 raise DamagedError(f"its file {name} has changed since it was written")
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as data:
+        os.fsync(data.fileno())
 
 
 def _digest(file: Path) -> dict[str, Any]:

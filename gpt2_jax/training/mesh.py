@@ -24,7 +24,8 @@ from gpt2_jax.training.settings import MeshSettings, TrainSettings
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# The dimension of each kernel and table that `tensor` splits: heads, MLP columns, vocabulary.
+# The dimension of each kernel and table that `tensor` splits: the columns of q, k and v, the MLP's
+# columns, the vocabulary.
 _TENSOR_DIMENSION = {"c_attn": 1, "c_fc": 1, "c_proj": 0, "wte": 0, "lm_head": 0}
 
 
@@ -57,8 +58,8 @@ def make_mesh(settings: MeshSettings) -> Mesh:
 def partition(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The sharding rule, for parameters and for the optimizer's moments, which mirror them.
 
-    `tensor` splits the dimension that heads, MLP columns or vocabulary lie in; `fsdp` the
-    largest one left that divides. Vectors, and what does not divide, stay whole.
+    `tensor` splits the dimension that the columns of q, k and v, of the MLP, or the vocabulary lie
+    in; `fsdp` the largest one left that divides. Vectors, and what does not divide, stay whole.
     """
     spec: list[str | None] = [None] * len(shape)
     if len(shape) < 2:

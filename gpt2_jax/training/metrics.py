@@ -1,4 +1,4 @@
-"""The run's record: metrics.jsonl, and the loss curves drawn from it.
+"""The run's record: metrics.jsonl.
 
 Lines are JSON objects in order of time. All speak of the parameters after `step` updates, so
 step 0 is the untrained model. A step whose gradient was not finite has null for it, and counts
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.files import write_text, written_beside
+from gpt2_jax.files import write_text
 
 Record = dict[str, Any]
 
@@ -74,39 +74,3 @@ def records_until(path: Path, step: int) -> list[Record]:
 def rewrite(path: Path, records: list[Record]) -> None:
     """Replaces a metrics.jsonl."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def plot_losses(
-    records: list[Record], path: Path, title: str, reference_loss: float | None = None
-) -> None:
-    """Draws the training and validation loss over steps as a PNG.
-
-    Args:
-      records: from `read_metrics`.
-      path: where to.
-      title: above the curves.
-      reference_loss: validation loss of OpenAI's GPT-2, drawn as a line.
-    """
-    # Figure's own canvas draws to files: no pyplot, no window, no global state.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, label, style in (
-        ("loss", "training", {"linewidth": 0.8, "alpha": 0.7}),
-        ("val_loss", "validation", {"marker": "o", "markersize": 4, "linewidth": 2}),
-    ):
-        curve = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-        if curve:
-            steps, losses = zip(*curve, strict=True)
-            axes.plot(steps, losses, label=f"{label}, last {losses[-1]:.3f}", **style)
-    if reference_loss is not None:
-        label = f"OpenAI's GPT-2, {reference_loss:.3f}"
-        axes.axhline(reference_loss, color="gray", linestyle="--", label=label)
-    axes.set(xlabel="step", ylabel="cross-entropy, nats per token")
-    axes.set_title(title, parse_math=False)  # a run may be named with two "$"
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend()
-    with written_beside(path) as scratch:
-        figure.savefig(scratch, format="png", dpi=120)

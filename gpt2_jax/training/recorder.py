@@ -129,8 +129,10 @@ class Recorder:
     def _record_step(self, step: int, metrics: StepMetrics) -> None:
         seconds = self.stopwatch.lap("step")
         loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-        # A skipped step leaves the schedule where it was.
-        learning_rate = float(self._schedule(step - self._skipped))
+        # A skipped step leaves the schedule where it was. On the host: the devices are busy with
+        # the next step, and would answer only after it.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            learning_rate = float(self._schedule(step - self._skipped))
         self._skipped = int(metrics.skipped)
         self._outputs.write(
             {

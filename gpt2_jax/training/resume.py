@@ -41,5 +41,5 @@ def _find(checkpoints: Checkpoints, fingerprint: str | None) -> int:
                 f"{checkpoints.directory} was written; bring back the old --data.path, or pass "
                 f"--allow_changes to go on with the new data"
             )
-    checkpoints.make_room_after(step)
+    checkpoints.set_aside_newer_than(step)
     return step or 0
