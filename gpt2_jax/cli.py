@@ -1,5 +1,6 @@
 """What every script does at its door: read typed flags, and tell mistakes in one line."""
 
+import argparse
 import contextlib
 import difflib
 import io
@@ -8,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -61,6 +62,29 @@ def parse_flags(flags_type: type[Flags], default: Flags | None = None) -> Flags:
     if unknown:
         raise UserError(_unknown_flag(unknown[0], _known_flags(flags_type, default)))
     return flags
+
+
+def parse_flags_over_config(flags_type: type[Flags], load: Callable[[Path], Any]) -> Flags:
+    """Reads flags whose defaults are in the file that --config names.
+
+    Args:
+      flags_type: dataclass that begins with `config` and `settings`; the rest has defaults.
+      load: reads the file into `settings`.
+
+    Raises:
+      UserError: as `parse_flags` and `load` do, and if --config is missing.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", type=Path)
+    try:
+        config = first.parse_known_args()[0].config
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}, such as configs/demo.py") from None
+    if config is not None:
+        return parse_flags(flags_type, flags_type(config=config, settings=load(config)))  # type: ignore[call-arg]
+    if {"-h", "--help"}.isdisjoint(sys.argv):
+        raise UserError("--config is missing; give a file, such as --config configs/demo.py")
+    return parse_flags(flags_type)
 
 
 def _parse(

@@ -4,16 +4,13 @@ The same command goes on with a run that was stopped, and starts each process of
 hosts.
 """
 
-import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from gpt2_jax.cli import keep_compiled_programs, parse_flags, run
-from gpt2_jax.errors import UserError
+from gpt2_jax.cli import keep_compiled_programs, parse_flags_over_config, run
 from gpt2_jax.training.config_files import load_config_file
 from gpt2_jax.training.settings import DistributedSettings, TrainSettings
 
@@ -39,7 +36,7 @@ class Flags:
 
 def main() -> None:
     """Joins the other processes, if there are any, and trains."""
-    flags = read_flags()
+    flags = parse_flags_over_config(Flags, load_config_file)
     settings = flags.settings
 
     # Only now the slow imports, so that --help and mistakes answer at once.
@@ -60,21 +57,6 @@ def main() -> None:
             f"finished: {settings.run_dir}/ holds config.json, metrics.jsonl, loss.png, "
             f"checkpoints/"
         )
-
-
-def read_flags() -> Flags:
-    """The flags, with the values of the --config file as their defaults."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", type=Path)
-    try:
-        config = first.parse_known_args()[0].config
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}, such as configs/demo.py") from None
-    if config is not None:
-        return parse_flags(Flags, default=Flags(config, load_config_file(config)))
-    if {"-h", "--help"}.isdisjoint(sys.argv):
-        raise UserError("--config is missing; give a file, such as --config configs/demo.py")
-    return parse_flags(Flags)
 
 
 if __name__ == "__main__":

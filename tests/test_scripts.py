@@ -284,3 +284,25 @@ def test_help_shows_the_configs_values(door: Door, config_file: Path) -> None:
     _, out, _ = door("train", "--config", config_file, "--help")
     assert "optimizer steps (default: 3)" in out
     assert "--optimizer.learning_rate FLOAT" in out
+
+
+@pytest.mark.usefixtures("config_file")
+def test_the_benchmark_measures_loop_and_memory_without_data(door: Door, tmp_path: Path) -> None:
+    flags = ("--config", "config.py", "--output", "figures.json")
+    code, out, _ = door("benchmark", "train", *flags, "--measured_steps", 2, "--rounds", 1)
+    assert code == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["ratio"] == pytest.approx(figures["loop"] / figures["step"])
+    assert "loop / step" in out
+    assert not (tmp_path / "run").exists()
+
+    code, out, _ = door("benchmark", "memory", *flags, "--data.sequence_length", 8)
+    assert code == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    parts = figures["parameters and moments"], figures["temporary"]
+    # 50,257 x 8 float32 numbers of the embedding alone, with two moments each.
+    assert parts[0] > 3 * 4 * 50_257 * 8
+    assert figures["in all"] == sum(parts)
+    assert "gigabytes of each device" in out
+    line = door.refuses("benchmark", "train", *flags, "--rounds", 0)
+    assert "rounds=0 must be" in line
