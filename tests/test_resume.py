@@ -235,7 +235,8 @@ def test_a_full_disk_stops_the_run_in_one_line_and_spoils_nothing(config_file, t
         r"free space or permissions, .*",
         line,
     )
-    assert all("resuming with changed settings: steps was 3, now 6" in note for note in notes)
+    assert notes[0] == "resuming with changed settings: steps was 3, now 6"
+    assert "Traceback" not in err  # JAX may add that it could not keep a compiled program
     code, out, _ = finish(6)
     assert code == 0
     assert "resuming after step 3" in out
