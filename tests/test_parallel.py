@@ -76,9 +76,7 @@ def on_one_device(settings):
     [
         MeshSettings(data=8),
         MeshSettings(data=4, fsdp=2),
-        MeshSettings(fsdp=8),
         MeshSettings(data=2, fsdp=2, tensor=2),
-        MeshSettings(data=1, tensor=4),
     ],
     ids=lambda mesh: f"{mesh.data}x{mesh.fsdp}x{mesh.tensor}",
 )
