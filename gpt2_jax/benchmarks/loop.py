@@ -47,10 +47,6 @@ def loop_against_step(settings: TrainSettings, steps: int, rounds: int) -> dict[
     }
 
 
-def _tokens_per_step(settings: TrainSettings) -> int:
-    return settings.data.batch_size * settings.data.sequence_length
-
-
 def _windows(settings: TrainSettings) -> Windows:
     T, rows = settings.data.sequence_length, 4 * settings.data.batch_size
     shard = np.random.default_rng(0).integers(0, settings.model.vocab_size, rows * T + 1)
@@ -71,7 +67,7 @@ def _bare_step(settings: TrainSettings, steps: int) -> float:
     for _ in range(steps):
         state, _ = engine.step(state, tokens_NBT, key)
     jax.block_until_ready(state)
-    return steps * _tokens_per_step(settings) / (time.perf_counter() - start)
+    return steps * settings.data.tokens_per_step / (time.perf_counter() - start)
 
 
 def _loop(settings: TrainSettings, steps: int) -> float:

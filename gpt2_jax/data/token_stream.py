@@ -9,7 +9,6 @@ every shard where it ends: after so many pieces and so many tokens of the next p
 """
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from gpt2_jax.data.shard_formats import TOKEN
 from gpt2_jax.data.shard_progress import ShardProgress
 from gpt2_jax.data.unfinished import UnfinishedDataset
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import written_beside
 
 
 def write_stream(
@@ -104,12 +104,8 @@ def _cut(
 
 
 def _save(file: Path, tokens: np.ndarray) -> None:
-    scratch = file.with_name(f".{file.name}")
-    with scratch.open("wb") as data:
-        np.save(data, tokens, allow_pickle=False)
-        data.flush()
-        os.fsync(data.fileno())
-    scratch.replace(file)
+    with written_beside(file) as scratch:
+        np.save(scratch, tokens, allow_pickle=False)
 
 
 def _too_little(tokens: int, shard_tokens: int) -> UserError:

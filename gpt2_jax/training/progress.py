@@ -32,7 +32,7 @@ class ProgressDisplay:
     ) -> None:
         self._steps = settings.steps
         self._log_every = settings.log_every
-        self._tokens = settings.data.batch_size * settings.data.sequence_length
+        self._tokens = settings.data.tokens_per_step
         self._mfu = mfu
         self._console = Console(soft_wrap=True, highlight=False, quiet=quiet)
         self._live = self._console.is_terminal and not quiet

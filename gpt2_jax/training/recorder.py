@@ -46,7 +46,7 @@ def open_recorder(
     with outputs, ProgressDisplay(settings, engine.mfu, first, quiet=not is_primary()) as display:
         data, layout = settings.data, engine.layout
         display.say(
-            f"{data.batch_size * data.sequence_length:,} tokens a step = "
+            f"{data.tokens_per_step:,} tokens a step = "
             f"{data.micro_batch_size} sequences x {data.sequence_length:,} tokens x "
             f"{layout.rows // data.micro_batch_size} device(s) x {layout.passes} pass(es)"
         )
@@ -85,7 +85,7 @@ class Recorder:
         self._outputs = outputs
         self._display = display
         self._schedule = schedule
-        self._tokens_per_step = settings.data.batch_size * settings.data.sequence_length
+        self._tokens_per_step = settings.data.tokens_per_step
         self._max_skipped = settings.optimizer.max_skipped_steps
         self._pending: tuple[int, StepMetrics | Record] | None = None
         self._skipped = skipped

@@ -27,6 +27,11 @@ class DataSettings:
     micro_batch_size: int = 64
     """sequences in one pass of one device; gradients accumulate over the passes of a batch"""
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in the global batch."""
+        return self.batch_size * self.sequence_length
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
