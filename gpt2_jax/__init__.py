@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpt2_jax.config import SIZES, GPT2Config
     from gpt2_jax.errors import UserError
-    from gpt2_jax.generation.decode import generate
+    from gpt2_jax.generation.decode import NewToken, generate, stream
     from gpt2_jax.generation.sampling import Sampling
     from gpt2_jax.interop.pretrained import load_pretrained
     from gpt2_jax.model import GPT2, Params, apply, init_params
+    from gpt2_jax.packed import PackedParams, pack
 
 _HOMES = {
     "GPT2": "model",
     "GPT2Config": "config",
+    "NewToken": "generation.decode",
+    "PackedParams": "packed",
     "Params": "model",
     "SIZES": "config",
     "Sampling": "generation.sampling",
@@ -25,12 +28,16 @@ _HOMES = {
     "generate": "generation.decode",
     "init_params": "model",
     "load_pretrained": "interop.pretrained",
+    "pack": "packed",
+    "stream": "generation.decode",
 }
 
 __all__ = [
     "GPT2",
     "SIZES",
     "GPT2Config",
+    "NewToken",
+    "PackedParams",
     "Params",
     "Sampling",
     "UserError",
@@ -38,6 +45,8 @@ __all__ = [
     "generate",
     "init_params",
     "load_pretrained",
+    "pack",
+    "stream",
 ]
 
 

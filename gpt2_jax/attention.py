@@ -6,7 +6,7 @@ answer its query; H heads do this side by side, each in a space of width K = D /
 Attention is the only place in the model where positions talk to each other.
 
 Section 2.3 of the GPT-2 paper, section 3.2 of Vaswani et al., 2017.
-Shapes: B batch, T sequence, S keys, D width, H heads, K head width.
+Shapes: B batch, T sequence, S keys, D width, H heads, K head width, N = B H heads of all rows.
 """
 
 from typing import Literal, NamedTuple
@@ -24,10 +24,14 @@ Implementation = Literal["plain", "cudnn"]
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, [B, H, S, K] each; slots not yet written hold zeros."""
+    """Keys and values of one layer, [B H, S, K] each; slots not yet written hold zeros.
 
-    k_BHSK: jax.Array
-    v_BHSK: jax.Array
+    Rows and heads share an axis: with an axis of its own for a single row, XLA:CPU copies the
+    cache several times a step.
+    """
+
+    k_NSK: jax.Array
+    v_NSK: jax.Array
 
 
 class KVCache(NamedTuple):
@@ -42,7 +46,7 @@ class KVCache(NamedTuple):
 
 def empty_cache(config: GPT2Config, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
     """Returns a cache for `batch` rows of up to `slots` positions, nothing written yet."""
-    shape = (batch, config.n_head, slots, config.head_width)
+    shape = (batch * config.n_head, slots, config.head_width)
     layers = tuple(
         LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layer)
     )
@@ -109,14 +113,17 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             assert start_B is not None
             cache = LayerCache(
-                _write(cache.k_BHSK, k_BHTK, start_B), _write(cache.v_BHSK, v_BHTK, start_B)
+                _write(cache.k_NSK, k_BHTK, start_B), _write(cache.v_NSK, v_BHTK, start_B)
             )
-            y_BHTK = self._plain(q_BHTK, *cache, start_B, deterministic)
+            q_NTK = q_BHTK.reshape(-1, *q_BHTK.shape[2:])
+            mask_BTS = visible(start_B, T, cache.k_NSK.shape[1])
+            mask_NTS = jnp.repeat(mask_BTS, self.config.n_head, axis=0)
+            y_BHTK = self._plain("N", q_NTK, *cache, mask_NTS, deterministic).reshape(q_BHTK.shape)
         elif self._use_cudnn(deterministic):
             y_BHTK = _cudnn(q_BHTK, k_BHTK, v_BHTK)
         else:
-            start_1 = jnp.zeros(1, jnp.int32)  # one mask serves every row
-            y_BHTK = self._plain(q_BHTK, k_BHTK, v_BHTK, start_1, deterministic)
+            mask_11TS = visible(jnp.zeros(1, jnp.int32), T, T)[:, None]
+            y_BHTK = self._plain("BH", q_BHTK, k_BHTK, v_BHTK, mask_11TS, deterministic)
         y_BTD = y_BHTK.swapaxes(1, 2).reshape(B, T, D)
         self.sow("intermediates", "mixed", y_BTD)
         y_BTD = self.c_proj(y_BTD)
@@ -131,24 +138,32 @@ class CausalSelfAttention(nn.Module):
 
     def _plain(
         self,
-        q_BHTK: jax.Array,
-        k_BHSK: jax.Array,
-        v_BHSK: jax.Array,
-        start_B: jax.Array,
+        heads: str,
+        q_hTK: jax.Array,
+        k_hSK: jax.Array,
+        v_hSK: jax.Array,
+        mask_hTS: jax.Array,
         deterministic: bool,
     ) -> jax.Array:
-        """softmax(q k^T / sqrt(K)) v over the keys at or before each query: [B, H, T, K]."""
-        T, S = q_BHTK.shape[2], k_BHSK.shape[2]
-        scores_BHTS = einsum("BHTK,BHSK->BHTS", q_BHTK, k_BHSK, self.dtype)
-        scores_BHTS *= self.config.head_width**-0.5
-        query_position_BT = start_B[:, None] + jnp.arange(T)[None, :]
-        visible_BTS = jnp.arange(S)[None, None, :] <= query_position_BT[:, :, None]
-        scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, -jnp.inf)
-        self.sow("intermediates", "scores", scores_BHTS)
-        att_BHTS = jax.nn.softmax(scores_BHTS, axis=-1)
-        self.sow("intermediates", "probabilities", att_BHTS)
-        att_BHTS = self.attn_dropout(att_BHTS, deterministic=deterministic)
-        return einsum("BHTS,BHSK->BHTK", att_BHTS, v_BHSK, self.dtype).astype(self.dtype)
+        """softmax(q k^T / sqrt(K)) v over the keys in the mask, for every head: [h, T, K].
+
+        The heads h are those of every row, on two axes "BH" or one "N".
+        """
+        scores_hTS = einsum(f"{heads}TK,{heads}SK->{heads}TS", q_hTK, k_hSK, self.dtype)
+        scores_hTS *= self.config.head_width**-0.5
+        scores_hTS = jnp.where(mask_hTS, scores_hTS, -jnp.inf)
+        self.sow("intermediates", "scores", scores_hTS)
+        att_hTS = jax.nn.softmax(scores_hTS, axis=-1)
+        self.sow("intermediates", "probabilities", att_hTS)
+        att_hTS = self.attn_dropout(att_hTS, deterministic=deterministic)
+        y_hTK = einsum(f"{heads}TS,{heads}SK->{heads}TK", att_hTS, v_hSK, self.dtype)
+        return y_hTK.astype(self.dtype)
+
+
+def visible(start_B: jax.Array, T: int, S: int) -> jax.Array:
+    """Which of S keys each of T queries sees, bool [B, T, S]: those at or before its position."""
+    query_position_BT = start_B[:, None] + jnp.arange(T)[None, :]
+    return jnp.arange(S)[None, None, :] <= query_position_BT[:, :, None]
 
 
 def _cudnn(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array) -> jax.Array:
@@ -160,10 +175,11 @@ def _cudnn(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array) -> jax.Array
     return y_BTHK.swapaxes(1, 2)
 
 
-def _write(cache_BHSK: jax.Array, new_BHTK: jax.Array, start_B: jax.Array) -> jax.Array:
+def _write(cache_NSK: jax.Array, new_BHTK: jax.Array, start_B: jax.Array) -> jax.Array:
     """Writes T new positions into the slots from `start` on, each row at its own place."""
 
     def write_row(cache_HSK: jax.Array, new_HTK: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(cache_HSK, new_HTK, (0, start, 0))
 
-    return jax.vmap(write_row)(cache_BHSK, new_BHTK, start_B)
+    cache_BHSK = cache_NSK.reshape(*new_BHTK.shape[:2], *cache_NSK.shape[1:])
+    return jax.vmap(write_row)(cache_BHSK, new_BHTK, start_B).reshape(cache_NSK.shape)

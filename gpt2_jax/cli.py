@@ -28,7 +28,7 @@ def run(main: Callable[[], int | None]) -> None:
         status = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print_error(error)
         status = 2
         _leave_the_others(status)
     except KeyboardInterrupt:
@@ -39,6 +39,11 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     sys.exit(status)
+
+
+def print_error(error: UserError) -> None:
+    """Tells a mistake on one line of stderr."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
 
 
 def parse_flags(flags_type: type[Flags], default: Flags | None = None) -> Flags:
@@ -87,6 +92,12 @@ def parse_flags_over_config(flags_type: type[Flags], load: Callable[[Path], Any]
     return parse_flags(flags_type)
 
 
+def given_flags() -> set[str]:
+    """Names of the flags on the command line, which may give a flag its default value."""
+    names = (arg.split("=")[0] for arg in sys.argv[1:] if arg.startswith("--"))
+    return {name.removeprefix("--").replace("-", "_") for name in names}
+
+
 def _parse(
     flags_type: type[Flags], default: Flags | None, args: list[str]
 ) -> tuple[Flags, list[str]]:
@@ -110,10 +121,14 @@ def _leave_the_others(status: int) -> None:
 def keep_compiled_programs() -> None:
     """Lets JAX keep what it compiles on disk, so that the next start need not compile again.
 
-    JAX_COMPILATION_CACHE_DIR names another folder than ~/.cache/gpt2_jax.
+    JAX_COMPILATION_CACHE_DIR names another folder than ~/.cache/gpt2_jax, and
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS another time from which on keeping is worth it.
     """
     import jax
 
+    # JAX by itself keeps what took a second; many smaller programs take as long at every start.
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "gpt2_jax"))

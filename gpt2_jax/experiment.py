@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax import tokenizer
@@ -168,7 +169,7 @@ def _make_samples(
             max_new_tokens=settings.max_new_tokens,
             sampling=sampling,
             seed=seed,
-            dtype=model.dtype,
+            precision="bf16" if model.dtype == jnp.bfloat16 else "f32",
         )
         return {"samples": [tokenizer.decode(prompt + text) for text in texts]}
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gpt2_jax.packed import PackedMatrix, project, rows
 from gpt2_jax.precision import einsum
 
 
@@ -18,10 +19,13 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Maps [B, T, in] to [B, T, features] in the compute dtype."""
-        shape = (x_BTD.shape[-1], self.features)
-        kernel_DF = self.param("kernel", nn.initializers.normal(self.stddev), shape)
+        if self.has_variable("packed", "kernel"):
+            y_BTF = project(x_BTD, self.get_variable("packed", "kernel"), self.dtype)
+        else:
+            shape = (x_BTD.shape[-1], self.features)
+            kernel_DF = self.param("kernel", nn.initializers.normal(self.stddev), shape)
+            y_BTF = einsum("BTD,DF->BTF", x_BTD, kernel_DF, self.dtype)
         bias_F = self.param("bias", nn.initializers.zeros, (self.features,))
-        y_BTF = einsum("BTD,DF->BTF", x_BTD, kernel_DF, self.dtype)
         return (y_BTF + bias_F[None, None, :]).astype(self.dtype)
 
 
@@ -62,7 +66,15 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         """Declares the table."""
-        self.embedding = self.param("embedding", self._initial_table)
+        if not self.has_variable("packed", "embedding"):
+            self.embedding = self.param("embedding", self._initial_table)
+
+    @property
+    def table(self) -> PackedMatrix:
+        """The table, packed or not."""
+        if self.has_variable("packed", "embedding"):
+            return self.get_variable("packed", "embedding")
+        return PackedMatrix(self.embedding)
 
     def _initial_table(self, key: jax.Array) -> jax.Array:
         table_VD = self.stddev * jax.random.normal(key, (self.rows, self.features))
@@ -73,8 +85,8 @@ class Embedding(nn.Module):
         """Looks up rows: indices of any shape [...] to float32 [..., D]; NaN outside the table."""
         inside = (indices >= 0) & (indices < self.rows)
         # Neither the padding nor, counted from the end, the last rows may answer.
-        indices = jnp.where(inside, indices.astype(jnp.int32), self.embedding.shape[0])
-        return jnp.take(self.embedding, indices, axis=0, mode="fill", fill_value=jnp.nan)
+        indices = jnp.where(inside, indices.astype(jnp.int32), self.table.weight_FD.shape[0])
+        return rows(self.table, indices)
 
     def first_rows(self, count: int) -> jax.Array:
         """The first rows [count, D]: a slice, whose gradient is no scatter."""
@@ -82,4 +94,4 @@ class Embedding(nn.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Scores every row against x [B, T, D]: float32 [B, T, rows], padding dropped."""
-        return einsum("BTD,VD->BTV", x_BTD, self.embedding, self.dtype)[..., : self.rows]
+        return project(x_BTD, self.table, self.dtype)[..., : self.rows]

@@ -14,6 +14,7 @@ number follows, and every array is stored as there; converting is renaming:
 Shapes: B batch, T sequence, D width, F MLP width, V vocabulary, L layers.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ from gpt2_jax.attention import Implementation, KVCache
 from gpt2_jax.block import Block
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.layers import Embedding, LayerNorm
+from gpt2_jax.packed import PackedParams
 
 Params = dict[str, Any]
 
@@ -128,13 +130,14 @@ class GPT2(nn.Module):
         return head.logits(x_BTD)
 
 
-def apply(model: GPT2, params: Params, *args: Any, **kwargs: Any) -> Any:
-    """`model.apply` on bare parameters: `apply(model, params, tokens_BT)` gives logits.
+def apply(model: GPT2, params: Params | PackedParams, *args: Any, **kwargs: Any) -> Any:
+    """`model.apply` on bare or packed parameters: `apply(model, params, tokens_BT)` gives logits.
 
     Other methods by name, `apply(model, params, x_BTD, method="logits")`; dropout with
     `deterministic=False, rngs={"dropout": key}`.
     """
-    return model.apply({"params": params}, *args, **kwargs)
+    variables = params._asdict() if isinstance(params, PackedParams) else {"params": params}
+    return model.apply(variables, *args, **kwargs)
 
 
 def init_params(config: GPT2Config, key: jax.Array) -> Params:
@@ -149,4 +152,10 @@ def init_params(config: GPT2Config, key: jax.Array) -> Params:
 
 def param_shapes(config: GPT2Config) -> Params:
     """The parameter tree with `jax.ShapeDtypeStruct` leaves: nothing is computed or allocated."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    one_layer = dataclasses.replace(config, n_layer=1)  # all blocks are alike; tracing takes time
+    shapes = jax.eval_shape(lambda: init_params(one_layer, jax.random.key(0)))
+    block = shapes.pop("h_0")
+    return {
+        **{f"h_{i}": jax.tree.map(lambda leaf: leaf, block) for i in range(config.n_layer)},
+        **shapes,
+    }

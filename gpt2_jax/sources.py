@@ -1,11 +1,16 @@
-"""Opens a model wherever it is: pretrained weights, a training run, a Hugging Face directory."""
+"""Opens a model wherever it is: pretrained weights, a training run, a Hugging Face directory.
+
+An adapter can be merged into any of them.
+"""
 
 import json
 from pathlib import Path
 
 from gpt2_jax.config import SIZES, GPT2Config, config_for_size
 from gpt2_jax.errors import UserError
+from gpt2_jax.interop.peft import fit_adapter, read_adapter
 from gpt2_jax.interop.pretrained import load_pretrained
+from gpt2_jax.lora import merge
 from gpt2_jax.model import Params, param_shapes
 
 PRETRAINED = "pretrained"
@@ -17,6 +22,7 @@ def load_source(
     model: str | None = None,
     weights: str | None = None,
     revision: str | None = None,
+    lora: str | None = None,
 ) -> tuple[Params, GPT2Config]:
     """Loads parameters and configuration as scripts name them.
 
@@ -26,10 +32,23 @@ def load_source(
       model: with "pretrained", the size; without `weights` its default is "gpt2".
       weights: with "pretrained", a local file or directory to read instead of the hub.
       revision: with "pretrained", branch, tag or commit on the hub.
+      lora: directory of an adapter in PEFT's format, to be merged into the parameters.
 
     Raises:
-      UserError: if the source does not exist or does not hold what it should.
+      UserError: if the source or the adapter does not exist or does not hold what it should, or
+        the adapter does not fit.
     """
+    # The adapter is read first: the base can be long in coming.
+    adapter = read_adapter(Path(lora)) if lora is not None else None
+    params, config = _load_base(source, model, weights, revision)
+    if adapter is not None:
+        params = merge(params, *fit_adapter(adapter, config))
+    return params, config
+
+
+def _load_base(
+    source: str, model: str | None, weights: str | None, revision: str | None
+) -> tuple[Params, GPT2Config]:
     if source in SIZES and model is None:
         source, model = PRETRAINED, source
     if source == PRETRAINED:

@@ -42,13 +42,7 @@ def encode(text: str, *, allow_end_of_text: bool = False) -> np.ndarray:
     Raises:
       UserError: if the text holds lone surrogates, which UTF-8 cannot encode.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"the text is not valid Unicode at character {error.start} "
-            f"({text[error.start]!r}); give text in UTF-8"
-        ) from None
+    check_unicode(text)
     allowed = {END_OF_TEXT} if allow_end_of_text else set()
     parts = [
         _encoding().encode_to_numpy(part, allowed_special=allowed, disallowed_special=())
@@ -57,20 +51,39 @@ def encode(text: str, *, allow_end_of_text: bool = False) -> np.ndarray:
     return np.concatenate(parts).astype(np.uint16)
 
 
+def check_unicode(text: str) -> None:
+    """Raises UserError, with the place, if a text holds lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text is not valid Unicode at character {error.start} "
+            f"({text[error.start]!r}); give text in UTF-8"
+        ) from None
+
+
 def decode(tokens: Iterable[int]) -> str:
     """Turns token ids into text; bytes that are not whole UTF-8 characters become U+FFFD.
 
     Raises:
       UserError: if an id is outside the vocabulary.
     """
-    ids = [int(token) for token in tokens]
-    for token in ids:
-        if not 0 <= token < VOCAB_SIZE:
-            raise UserError(
-                f"token id {token} is outside GPT-2's vocabulary of {VOCAB_SIZE}; "
-                f"the model was trained with another tokenizer"
-            )
-    return _encoding().decode(ids)
+    return b"".join(map(token_bytes, tokens)).decode(errors="replace")
+
+
+def token_bytes(token: int) -> bytes:
+    """The UTF-8 bytes a token stands for, which need not be whole characters.
+
+    Raises:
+      UserError: if the id is outside the vocabulary.
+    """
+    token = int(token)
+    if not 0 <= token < VOCAB_SIZE:
+        raise UserError(
+            f"token id {token} is outside GPT-2's vocabulary of {VOCAB_SIZE}; "
+            f"the model was trained with another tokenizer"
+        )
+    return _encoding().decode_single_token_bytes(token)
 
 
 def _split_long_runs(text: str) -> list[str]:

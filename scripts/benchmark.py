@@ -2,76 +2,248 @@
 
 import dataclasses
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from gpt2_jax.cli import parse_flags_over_config, run
+from gpt2_jax import tokenizer
+from gpt2_jax.benchmarks.engines import ENGINE_NAMES, EngineName
+from gpt2_jax.cli import parse_flags, parse_flags_over_config, run
 from gpt2_jax.config import check_positive_int
 from gpt2_jax.errors import UserError
-from gpt2_jax.files import write_text
+from gpt2_jax.files import read_text, write_text
 from gpt2_jax.training.config_files import load_config_file
 from gpt2_jax.training.settings import TrainSettings
 
+OVERVIEW = """\
+What to measure comes first; each has flags of its own, which --help after it lists:
+
+  benchmark.py train     tokens per second of the training loop against the bare jitted step
+  benchmark.py memory    what the compiled training step asks of each device
+  benchmark.py generate  speed of generation, against whatever else is installed
+  benchmark.py rounding  what weights of fewer bits cost in perplexity
+"""
+
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
-    """Measures a run, whose data need not be there; every setting of the config is also a flag."""
+class Train:
+    """Tokens per second of the training loop against the bare jitted step, on random tokens.
+
+    Every setting of the config is also a flag.
+    """
 
     config: Path
     """the run to measure, one of configs/*.py or your own"""
     settings: Annotated[TrainSettings, tyro.conf.arg(name="")]
-    what: tyro.conf.Positional[Literal["train", "memory"]] = "train"
-    """train: tokens per second of the training loop against the bare jitted step;
-    memory: what the compiled step asks of each device"""
+    what: tyro.conf.Positional[Literal["train"]] = "train"
     measured_steps: int = 30
-    """train: steps in a round"""
+    """steps in a round"""
     rounds: int = 3
-    """train: how often each is measured, by turns"""
+    """how often each is measured, by turns"""
+    output: Path | None = None
+    """also write the figures to this file, as JSON"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What the compiled training step asks of each device. Every setting is also a flag."""
+
+    config: Path
+    """the run to measure, one of configs/*.py or your own"""
+    settings: Annotated[TrainSettings, tyro.conf.arg(name="")]
+    what: tyro.conf.Positional[Literal["memory"]] = "memory"
+    output: Path | None = None
+    """also write the figures to this file, as JSON"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Speed of greedy generation, ours against whatever else is installed, by turns.
+
+    All have the same weights and prompts and make the same number of tokens.
+    """
+
+    what: tyro.conf.Positional[Literal["generate"]] = "generate"
+    engines: tuple[EngineName, ...] = ENGINE_NAMES
+    """hf is Hugging Face transformers, ct2 CTranslate2, llama llama.cpp; one that is not
+    installed is left out"""
+    batch: tuple[int, ...] = (1,)
+    """how many prompts are continued at once; several numbers are measured one after another"""
+    prompt_tokens: int = 32
+    """length of each prompt"""
+    new_tokens: int = 128
+    """how many tokens are made for each"""
+    rounds: int = 5
+    """how often each engine is measured, by turns; medians are compared"""
+    threads: int | None = None
+    """CPU cores to use; None takes all"""
+    source: str | None = None
+    """weights as generate.py takes them: pretrained, a run or a Hugging Face directory; None
+    draws random ones, with which all is as fast"""
+    model: str | None = None
+    """size of pretrained or random weights: gpt2 (the default), gpt2-medium ..."""
+    shell: bool = True
+    """also measure how long generate.py takes from the shell to its first word"""
+    output: Path | None = None
+    """also write the figures to this file, as JSON"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What storing the weights in fewer bits costs, on a text the model was not trained on."""
+
+    text: Path
+    """UTF-8 file to read"""
+    source: str
+    """the model: pretrained, a run directory or a Hugging Face directory"""
+    what: tyro.conf.Positional[Literal["rounding"]] = "rounding"
+    last: float = 1.0
+    """read only this last fraction of the text, such as 0.1 for the part held out in training"""
+    tokens: int = 50_000
+    """how many to predict, at most"""
     output: Path | None = None
     """also write the figures to this file, as JSON"""
 
 
 def main() -> None:
     """Measures and prints."""
-    flags = parse_flags_over_config(Flags, load_config_file)
-    for name in ("measured_steps", "rounds"):
-        check_positive_int(name, getattr(flags, name))
-
-    # Only now the slow imports, so that --help and mistakes answer at once.
-    import jax
-
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    figures = _train(flags, device) if flags.what == "train" else _memory(flags, device)
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(OVERVIEW, end="")
+        return
+    what = sys.argv[1] if sys.argv[1:] and not sys.argv[1].startswith("-") else "train"
+    flags: Train | Memory | Generate | Rounding
+    match what:
+        case "train":
+            flags = parse_flags_over_config(Train, load_config_file)
+            figures = _train(flags)
+        case "memory":
+            flags = parse_flags_over_config(Memory, load_config_file)
+            figures = _memory(flags)
+        case "generate":
+            flags = parse_flags(Generate)
+            figures = _generate(flags)
+        case "rounding":
+            flags = parse_flags(Rounding)
+            figures = _rounding(flags)
+        case _:
+            known = "train, memory, generate or rounding"
+            raise UserError(f"{what!r} cannot be measured; give {known}")
     if flags.output is not None:
-        text = json.dumps({"device": device, "config": str(flags.config), **figures}, indent=2)
         try:
-            write_text(flags.output, text + "\n")
+            write_text(flags.output, json.dumps(figures, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {flags.output}: {error.strerror}") from None
 
 
-def _train(flags: Flags, device: str) -> dict[str, Any]:
+# The slow imports come once the flags are read, so that --help and mistakes answer at once.
+
+
+def _train(flags: Train) -> dict[str, Any]:
+    for name in ("measured_steps", "rounds"):
+        check_positive_int(name, getattr(flags, name))
     from gpt2_jax.benchmarks.loop import loop_against_step
 
     figures = loop_against_step(flags.settings, flags.measured_steps, flags.rounds)
     rounds = f"{flags.rounds} rounds of {flags.measured_steps} steps, medians"
+    device = _device()
     print(f"{flags.config.name} on {device}, {rounds}")
     print(f"bare step      {figures['step']:12,.0f} tokens/s")
     print(f"training loop  {figures['loop']:12,.0f} tokens/s")
     print(f"loop / step    {figures['ratio']:12.3f}")
-    return figures
+    return {"device": device, "config": str(flags.config), **figures}
 
 
-def _memory(flags: Flags, device: str) -> dict[str, Any]:
+def _memory(flags: Memory) -> dict[str, Any]:
     from gpt2_jax.benchmarks.memory import step_memory
 
     figures = step_memory(flags.settings)
+    device = _device()
     print(f"{flags.config.name} on {device}, gigabytes of each device")
     for name, size in figures.items():
         print(f"{name:24}{size / 1e9:8.2f}")
-    return figures
+    return {"device": device, "config": str(flags.config), **figures}
+
+
+def _device() -> str:
+    import jax
+
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def _generate(flags: Generate) -> dict[str, Any]:
+    from gpt2_jax.benchmarks.worker import cpu_cores
+
+    threads = cpu_cores() if flags.threads is None else flags.threads
+    for name in ("prompt_tokens", "rounds"):
+        check_positive_int(name, getattr(flags, name))
+    for name in ("engines", "batch"):
+        if not getattr(flags, name):
+            raise UserError(f"--{name} is empty; give at least one, or leave it out")
+    for batch in flags.batch:
+        check_positive_int("batch", batch)
+    if flags.new_tokens < 2:
+        raise UserError(f"new_tokens={flags.new_tokens} must be at least 2, or nothing is decoded")
+    if not 1 <= threads <= cpu_cores():
+        raise UserError(f"threads={threads} must be from 1 to {cpu_cores()}, the cores there are")
+
+    from rich.console import Console
+
+    from gpt2_jax.benchmarks.figures import Load
+    from gpt2_jax.benchmarks.generation import measure_generation
+    from gpt2_jax.benchmarks.report import LEGEND, first_word_table, speed_table
+
+    # Its scratch directory is of gigabytes, and must not stay when `timeout` ends it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with Console(stderr=True).status("starting") as status:
+        figures = measure_generation(
+            list(dict.fromkeys(flags.engines)),
+            [Load(batch, flags.prompt_tokens, flags.new_tokens) for batch in flags.batch],
+            rounds=flags.rounds,
+            threads=threads,
+            source=flags.source,
+            model=flags.model,
+            script=Path(__file__).with_name("generate.py") if flags.shell else None,
+            report=status.update,
+        )
+    console = Console(highlight=False)
+    weights = flags.source or f"{flags.model or 'gpt2'} with random weights"
+    console.print(f"{weights}, {threads} threads, medians of {flags.rounds} rounds\n")
+    for measured, engines in zip(figures.measured, figures.engines, strict=True):
+        console.print(speed_table(measured, engines, figures.elsewhere, figures.config))
+    console.print(LEGEND, markup=False, soft_wrap=True)
+    if figures.first_words:
+        console.print(first_word_table(figures.first_words))
+    for name, reason in figures.left_out.items():
+        console.print(f"{name} is left out: {reason}", markup=False, soft_wrap=True)
+    return {"rounds": flags.rounds, "threads": threads, **figures.to_json()}
+
+
+def _rounding(flags: Rounding) -> dict[str, Any]:
+    if not 0 < flags.last <= 1:
+        raise UserError(f"last={flags.last} must be in (0, 1]; 1 reads the whole text")
+    check_positive_int("tokens", flags.tokens)
+    text = read_text(flags.text)
+    tokens = tokenizer.encode(text[round(len(text) * (1 - flags.last)) :])
+
+    from gpt2_jax.benchmarks.rounding import rounding_cost
+    from gpt2_jax.sources import load_source
+
+    params, config = load_source(flags.source)
+    if config.vocab_size < tokenizer.VOCAB_SIZE:
+        raise UserError(f"{flags.source} has another vocabulary than GPT-2's, which the text needs")
+    costs = rounding_cost(params, config, tokens, flags.tokens)
+    print(f"{flags.source} on {costs['f32']['tokens']:,} tokens of {flags.text}")
+    print("        weights  perplexity  against f32  same likeliest token")
+    for precision, cost in costs.items():
+        change = cost["perplexity"] / costs["f32"]["perplexity"] - 1
+        print(
+            f"{precision:5}{cost['megabytes']:7.1f} MB{cost['perplexity']:12.3f}{change:13.3%}"
+            f"{cost['agreement']:22.2%}"
+        )
+    return {"device": _device(), "source": flags.source, "text": str(flags.text), **costs}
 
 
 if __name__ == "__main__":

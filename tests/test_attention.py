@@ -83,7 +83,7 @@ def test_an_empty_cache_has_room_for_every_head_and_layer(tiny_config):
     cache = empty_cache(dataclasses.replace(tiny_config, n_layer=3), 2, slots=9, dtype="bfloat16")
     assert len(cache.layers) == 3
     for array in jax.tree.leaves(cache.layers):
-        assert array.shape == (2, 4, 9, 8)
+        assert array.shape == (2 * 4, 9, 8)
         assert array.dtype == jnp.bfloat16
         assert not np.any(array)
     np.testing.assert_array_equal(cache.length_B, [0, 0])

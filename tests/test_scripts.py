@@ -2,47 +2,14 @@
 
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from doors import SCRIPTS, Door
 
-from gpt2_jax.config import GPT2Config
-from gpt2_jax.interop.huggingface import config_to_json, state_dict_from_params
-from gpt2_jax.model import init_params
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
-
-
-class Door:
-    """Runs scripts in this process, as `python scripts/NAME.py FLAGS` would."""
-
-    def __init__(self, capsys: pytest.CaptureFixture) -> None:
-        self._capsys = capsys
-
-    def __call__(self, name: str, *flags: object) -> tuple[int, str, str]:
-        """Returns exit status, stdout and stderr."""
-        script = SCRIPTS / f"{name}.py"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [str(script), *map(str, flags)])
-            with pytest.raises(SystemExit) as stop:
-                runpy.run_path(str(script), run_name="__main__")
-        assert isinstance(stop.value.code, int)
-        out, err = self._capsys.readouterr()
-        return stop.value.code, out, err
-
-    def refuses(self, name: str, *flags: object) -> str:
-        """Expects exit status 2, silence on stdout and one line on stderr; returns the line."""
-        code, out, err = self(name, *flags)
-        assert (code, out) == (2, ""), err
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        return err
 
 
 @pytest.fixture
@@ -82,21 +49,6 @@ def dataset(door: Door, tmp_path: Path) -> Path:
     return tmp_path / "data/text"
 
 
-@pytest.fixture
-def model_dir(tmp_path: Path) -> Path:
-    """A small Hugging Face directory with GPT-2's vocabulary."""
-    import jax
-
-    config = GPT2Config(n_positions=24, n_embd=4, n_layer=1, n_head=1)
-    directory = tmp_path / "model"
-    directory.mkdir()
-    state = state_dict_from_params(init_params(config, jax.random.key(0)), config)
-    state = {name: np.ascontiguousarray(array) for name, array in state.items()}
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(config_to_json(config)))
-    return directory
-
-
 def test_text_to_shards_to_run_to_samples(door: Door, dataset: Path, config_file: Path) -> None:
     code, out, err = door("train", "--config", config_file, "--steps", 4)
     assert (code, err) == (0, "")
@@ -113,8 +65,8 @@ def test_text_to_shards_to_run_to_samples(door: Door, dataset: Path, config_file
     assert out.startswith("The quick")
     assert door("generate", *flags)[1] == out
     two = door("generate", *flags, "--num_samples", 2)[1]
-    assert two.startswith(out.rstrip("\n"))
-    assert two.count("-" * 40) == 1
+    assert two.startswith(out)
+    assert two.count("The quick") >= 2
 
 
 def test_training_works_from_any_directory(
@@ -126,64 +78,6 @@ def test_training_works_from_any_directory(
     code, _, err = door("train", "--config", config_file, "--data.path", dataset)
     assert code == 0, err
     assert (elsewhere / "run/metrics.jsonl").exists()
-
-
-def test_generation_stops_where_the_context_is_full(door: Door, model_dir: Path) -> None:
-    prompt = "one two three four five"
-    code, _, err = door(
-        "generate", "--source", model_dir, "--prompt", prompt, "--max_new_tokens", 99, "--greedy"
-    )
-    assert code == 0
-    assert "stopping after 20 tokens" in err
-
-
-def test_weights_of_another_size_are_named(door: Door, model_dir: Path) -> None:
-    file = model_dir / "model.safetensors"
-    flags = ("--prompt", "x", "--weights", file, "--model", "gpt2")
-    line = door.refuses("generate", *flags)
-    assert "missing h.1." in line
-    assert str(file) in line
-
-
-@pytest.mark.parametrize(
-    ("flags", "rule"),
-    [
-        (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "x " * 40], "more than the context of 24"),
-        (["--prompt", "x", "--top_p", "0"], "top_p=0.0 must be in (0, 1]"),
-        (["--prompt", "x", "--top_p", "1.5"], "top_p=1.5 must be in (0, 1]"),
-        (["--prompt", "x", "--top_p", "nan"], "top_p=nan must be in (0, 1]"),
-        (["--prompt", "x", "--top_k", "0"], "top_k=0 must be a whole number of at least 1"),
-        (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must be finite"),
-        (["--prompt", "x", "--max_new_tokens", "0"], "max_new_tokens=0 must be at least 1"),
-        (["--prompt", "x", "--num_samples", "0"], "num_samples=0 must be at least 1"),
-        (["--prompt", "x", "--model", "gpt2"], "goes with --source pretrained"),
-        (["--prompt", "\udcff"], "not valid Unicode"),
-        (["--promt", "x"], "--prompt"),
-    ],
-)
-def test_generate_refuses(door: Door, model_dir: Path, flags: list[str], rule: str) -> None:
-    assert rule in door.refuses("generate", "--source", model_dir, *flags)
-
-
-@pytest.mark.parametrize(
-    ("flags", "rule"),
-    [
-        (["--model", "gpt3"], "unknown model size 'gpt3'; the sizes are gpt2, gpt2-medium"),
-        (["--weights", "nowhere.pt"], "nowhere.pt"),
-        (["--source", "nowhere"], "'nowhere' is no directory"),
-        (["--source", "."], ". holds no weights"),
-    ],
-)
-def test_generate_refuses_models(door: Door, flags: list[str], rule: str) -> None:
-    assert rule in door.refuses("generate", "--prompt", "x", *flags)
-
-
-def test_truncated_weights_are_refused(door: Door, model_dir: Path) -> None:
-    file = model_dir / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    line = door.refuses("generate", "--source", model_dir, "--prompt", "x")
-    assert "model.safetensors are damaged" in line
 
 
 def test_a_checkpoint_cut_short_is_refused(door: Door, dataset: Path, config_file: Path) -> None:

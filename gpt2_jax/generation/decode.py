@@ -1,89 +1,130 @@
-"""Generation: read the prompts in one pass, then one token a step, all compiled.
+"""Generation: read the prompts in one pass, then one token after another, all compiled.
 
-Shapes: B rows (one a prompt), T prompt slots, S cache slots, V vocabulary.
+`generate` returns whole texts, `stream` yields tokens as they are made. Both drive a `Session`,
+whose loop calls the two compiled functions of `engine.py`.
 """
 
-import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, get_args
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.typing import DTypeLike
-
-from gpt2_jax.attention import KVCache, empty_cache
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
-from gpt2_jax.generation.sampling import GREEDY, Sampling, choose
-from gpt2_jax.model import GPT2, Params, apply
+from gpt2_jax.generation.engine import CAPACITY, Made
+from gpt2_jax.generation.sampling import GREEDY, Sampling
+from gpt2_jax.generation.session import Session
+from gpt2_jax.model import Params
+from gpt2_jax.packed import PackedParams, Precision, pack
 
-SMALLEST_BUCKET = 32
+FinishReason = Literal["stop", "length", "context"]
+"""why a text ended: <|endoftext|>, max_new_tokens, or a context without room for more"""
+
+Overflow = Literal["stop", "slide"]
+"""where the context is full: end the text, or read its last half again and go on"""
+
+
+SMOOTH = 0.03
+"""seconds between two sights of a growing text that a reader takes for a flow"""
+
+
+class NewToken(NamedTuple):
+    """A token, as `stream` yields it."""
+
+    row: int
+    """index of the prompt"""
+    token: int
+    logprob: float
+    """natural logarithm of the model's own probability, before any sampling rule"""
+    alternatives: list[tuple[int, float]]
+    """the model's likeliest tokens and their log-probabilities, likeliest first"""
+    finish_reason: FinishReason | None
+    """set on a row's last token"""
 
 
 def generate(
-    params: Params,
+    params: Params | PackedParams,
     config: GPT2Config,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: Sampling = GREEDY,
     seed: int = 0,
-    dtype: DTypeLike = jnp.float32,
+    precision: Precision | None = None,
+    overflow: Overflow = "stop",
 ) -> list[list[int]]:
     """Continues prompts, which may differ in length.
 
-    A row ends after `max_new_tokens`, after `config.eos_token_id`, or where the context is
-    full: the last new token needs no position of its own, so a prompt of n tokens leaves room
-    for n_positions - n + 1. Row i draws its randomness from (seed, i) alone.
-
-    Lengths are rounded up to powers of two before compiling, so that calls share programs.
+    A row ends after `max_new_tokens`, after `config.eos_token_id`, or where the context is full:
+    the last new token needs no position of its own, so a prompt of n tokens leaves room for
+    n_positions - n + 1. A row's text depends on its prompt, the seed and how often the same prompt
+    came before it in `prompts`, not on the other rows.
 
     Args:
-      params: the parameter tree.
+      params: the parameter tree, or what `gpt2_jax.pack` made of it: packing takes a moment, which
+        those who call often spare themselves.
       config: the model they belong to.
       prompts: token ids, at least one a prompt.
-      max_new_tokens: new tokens for every row, at most.
+      max_new_tokens: new tokens at most, for every row or for each.
       sampling: how tokens are chosen.
       seed: of the random draws, in [0, 2^32).
-      dtype: compute dtype.
+      precision: "f32" (the default), "bf16" or "int8"; packed parameters have theirs already.
+      overflow: "stop" ends a row where the context is full; "slide" reads the last half of the
+        context again, as if it were a new prompt, and goes on.
 
     Returns:
       The new tokens of every row, <|endoftext|> included where it ended the row.
 
     Raises:
       UserError: if a prompt is empty, longer than the context, or holds an unknown token; if
-        `seed` or `max_new_tokens` is out of range.
+        another argument is out of range.
     """
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} must be in [0, 2^32)")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if len(prompts) == 0:
-        return []
-    for prompt in prompts:
-        check_prompt(prompt, config)
-    lengths = [len(prompt) for prompt in prompts]
-    limits = [min(max_new_tokens, room(config, length)) for length in lengths]
-    prompt_slots = _bucket(max(lengths), config.n_positions)
-    cache_slots = _bucket(
-        max(prompt_slots, max(map(sum, zip(lengths, limits, strict=True))) - 1), config.n_positions
+    texts: list[list[int]] = [[] for _ in prompts]
+    limits = _wanted(max_new_tokens, len(prompts))
+    session = _open(params, config, prompts, limits, sampling, seed, precision, overflow, None)
+    for made in session.run():
+        for row, text in enumerate(texts):
+            text.extend(made.token_BC[row, : made.count_B[row]].tolist())
+    return texts
+
+
+def stream(
+    params: Params | PackedParams,
+    config: GPT2Config,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    precision: Precision | None = None,
+    overflow: Overflow = "stop",
+    alternatives: int = 0,
+) -> Iterator[NewToken]:
+    """Yields the tokens of `generate`, which has the arguments, as they are made.
+
+    Rows take turns: all first tokens, then the second ones, until the last row ends. Arguments
+    are checked at once, before the first token is asked for.
+
+    Args:
+      params: as for `generate`, like all other arguments but the last.
+      config: ditto.
+      prompts: ditto.
+      max_new_tokens: ditto.
+      sampling: ditto.
+      seed: ditto.
+      precision: ditto.
+      overflow: ditto.
+      alternatives: how many of the model's likeliest tokens are told with each.
+    """
+    if not 0 <= alternatives <= config.vocab_size:
+        raise UserError(
+            f"alternatives={alternatives} must be between 0 and {config.vocab_size}, the vocabulary"
+        )
+    wanted = _wanted(max_new_tokens, len(prompts))
+    session = _open(
+        params, config, prompts, wanted, sampling, seed, precision, overflow, alternatives
     )
-    tokens_BT = np.zeros((len(prompts), prompt_slots), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, : len(prompt)] = prompt
-    new_BS, count_B = _generate(
-        params,
-        tokens_BT,
-        np.array(lengths, np.int32),
-        np.array(limits, np.int32),
-        jax.random.key(seed),
-        model=GPT2(config, dtype=dtype),
-        sampling=sampling,
-        cache_slots=cache_slots,
-    )
-    counts = np.asarray(count_B)
-    return [row[:count].tolist() for row, count in zip(np.asarray(new_BS), counts, strict=True)]
+    return _tokens(session, wanted)
 
 
 def check_prompt(prompt: Sequence[int], config: GPT2Config) -> None:
@@ -110,77 +151,81 @@ def room(config: GPT2Config, prompt_length: int) -> int:
     return config.n_positions - prompt_length + 1
 
 
-class _Loop(NamedTuple):
-    """State of the decode loop."""
-
-    step: jax.Array
-    """int32 scalar, number of tokens chosen for the rows still going"""
-    token_B: jax.Array
-    """the tokens chosen last"""
-    new_BS: jax.Array
-    """all tokens chosen so far"""
-    count_B: jax.Array
-    """how many of them each row has"""
-    done_B: jax.Array
-    cache: KVCache
-
-
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "cache_slots"))
-def _generate(
-    params: Params,
-    tokens_BT: jax.Array,
-    length_B: jax.Array,
-    limit_B: jax.Array,
-    key: jax.Array,
-    *,
-    model: GPT2,
+def _open(
+    params: Params | PackedParams,
+    config: GPT2Config,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
     sampling: Sampling,
-    cache_slots: int,
-) -> tuple[jax.Array, jax.Array]:
-    """The compiled whole: new tokens [B, S + 1] and how many of them count in each row."""
-    B = tokens_BT.shape[0]
-    row_keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
+    seed: int,
+    precision: Precision | None,
+    overflow: Overflow,
+    alternatives: int | None,
+) -> Session:
+    """A session, once all arguments are checked."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} must be in [0, 2^32)")
+    if overflow not in get_args(Overflow):
+        raise UserError(f"overflow={overflow!r} must be one of {', '.join(get_args(Overflow))}")
+    for prompt in prompts:
+        check_prompt(prompt, config)
+    if overflow == "stop":
+        rooms = [room(config, len(prompt)) for prompt in prompts]
+        limits = list(map(min, limits, rooms))
+    packed = _packed(params, precision, len(prompts))
+    return Session(packed, config, prompts, limits, sampling, seed, alternatives)
 
-    def next_token(x_BD: jax.Array, step: jax.Array) -> jax.Array:
-        logits_BV = apply(model, params, x_BD[:, None], method="logits")[:, 0]
-        keys_B = jax.vmap(lambda row_key: jax.random.fold_in(row_key, step))(row_keys_B)
-        return choose(logits_BV, keys_B, sampling)
 
-    def record(loop: _Loop, token_B: jax.Array) -> _Loop:
-        new_BS = loop.new_BS.at[:, loop.step].set(token_B)
-        count_B = loop.count_B + ~loop.done_B
-        done_B = loop.done_B | (count_B >= limit_B)
-        if model.config.eos_token_id is not None:
-            done_B |= token_B == model.config.eos_token_id
-        return loop._replace(
-            step=loop.step + 1, token_B=token_B, new_BS=new_BS, count_B=count_B, done_B=done_B
-        )
+def _tokens(session: Session, wanted: Sequence[int]) -> Iterator[NewToken]:
+    """Single tokens; from a fast device, more of them are fetched at a time."""
+    counts = [0] * len(wanted)
+    session.steps, last = 1, time.monotonic()
+    for made in session.run():
+        for index, row in itertools.product(range(made.count_B.max()), range(len(counts))):
+            if index < made.count_B[row]:
+                counts[row] += 1
+                reason: FinishReason | None = None
+                if made.finished_B[row] and index == made.count_B[row] - 1:
+                    reason = "length" if counts[row] == wanted[row] else "context"
+                    reason = "stop" if made.ended_B[row] else reason
+                yield _new_token(made, row, index, reason)
+        now = time.monotonic()
+        if now - last < SMOOTH:
+            session.steps = min(2 * session.steps, CAPACITY)
+        last = now
 
-    def decode(loop: _Loop) -> _Loop:
-        x_B1D, cache = apply(model, params, loop.token_B[:, None], loop.cache, method="features")
-        token_B = next_token(x_B1D[:, 0], loop.step)
-        return record(loop._replace(cache=cache), token_B)
 
-    cache = empty_cache(model.config, B, cache_slots, model.dtype)
-    x_BTD, cache = apply(model, params, tokens_BT, cache, method="features")
-    # The prompts are padded at their ends: the padding's slots are overwritten as the text grows,
-    # and until then no position of the text looks at them.
-    cache = cache._replace(length_B=length_B)
-    x_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    start = jnp.zeros((), jnp.int32)
-    loop = _Loop(
-        step=start,
-        token_B=jnp.zeros(B, jnp.int32),
-        new_BS=jnp.zeros((B, cache_slots + 1), jnp.int32),
-        count_B=jnp.zeros(B, jnp.int32),
-        done_B=jnp.zeros(B, bool),
-        cache=cache,
+def _new_token(made: Made, row: int, index: int, reason: FinishReason | None) -> NewToken:
+    alternatives = zip(
+        made.alternative_BCA[row, index].tolist(),
+        made.alternative_logprob_BCA[row, index].tolist(),
+        strict=True,
     )
-    loop = record(loop, next_token(x_BD, start))
-    loop = jax.lax.while_loop(lambda loop: ~jnp.all(loop.done_B), decode, loop)
-    return loop.new_BS, loop.count_B
+    token, logprob = made.token_BC[row, index].item(), made.logprob_BC[row, index].item()
+    return NewToken(row, token, logprob, list(alternatives), reason)
 
 
-def _bucket(length: int, limit: int) -> int:
-    """`length` rounded up to a power of two, at most `limit`."""
-    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
+def _packed(params: Params | PackedParams, precision: Precision | None, rows: int) -> PackedParams:
+    """Parameters packed in a precision; None takes what they have, float32 if they are not."""
+    if not isinstance(params, PackedParams):
+        return pack(params, precision or "f32", rows=rows)
+    if precision not in (None, params.precision):
+        raise UserError(
+            f"precision={precision!r} does not fit parameters packed in {params.precision}; "
+            f"pack the original ones again, or leave it out"
+        )
+    return params
+
+
+def _wanted(max_new_tokens: int | Sequence[int], rows: int) -> list[int]:
+    """New tokens for each row."""
+    single = isinstance(max_new_tokens, int)
+    wanted = [max_new_tokens] if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if not single and len(wanted) != rows:
+        raise UserError(
+            f"max_new_tokens has {len(wanted)} limits for {rows} prompts; give one or one for each"
+        )
+    for count in wanted:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise UserError(f"max_new_tokens={count!r} must be a whole number of at least 1")
+    return wanted * rows if single else wanted

@@ -1,0 +1,66 @@
+"""The model that all engines load: a Hugging Face directory whose texts never end."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from gpt2_jax.benchmarks.engines import ModelFiles
+from gpt2_jax.config import GPT2Config, config_for_size
+from gpt2_jax.interop.huggingface import config_to_json, state_dict_from_params
+from gpt2_jax.interop.pretrained import read_config
+from gpt2_jax.interop.weight_files import SAFETENSORS
+from gpt2_jax.model import Params, param_shapes
+from gpt2_jax.sources import load_source
+
+# Wide enough for the likeliest token to change from position to position, as in a trained model;
+# freshly initialised ones repeat one token, and then an engine that goes wrong can look right.
+_KERNEL_DEVIATION = 0.06
+
+
+def write_model(directory: Path, source: str | None, model: str | None) -> ModelFiles:
+    """Writes model.safetensors and config.json, without <|endoftext|>.
+
+    Args:
+      directory: it exists.
+      source: as `load_source` takes it; None for random weights.
+      model: a published size, as `load_source` takes it; for random weights, "gpt2" if None.
+
+    Raises:
+      UserError: if there is no such model.
+    """
+    if source is None:
+        config = config_for_size(model or "gpt2")
+        params = random_params(config)
+    else:
+        params, config = load_source(source, model=model)
+    state = state_dict_from_params(params, config)
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    state = {name: np.ascontiguousarray(array) for name, array in state.items()}
+    save_file(state, directory / SAFETENSORS, metadata={"format": "pt"})
+    config_file = directory / "config.json"
+    config_file.write_text(
+        json.dumps(config_to_json(dataclasses.replace(config, eos_token_id=None)))
+    )
+    return ModelFiles(directory, read_config(config_file))
+
+
+def random_params(config: GPT2Config) -> Params:
+    """Weights as if trained: no bias is zero, no scale is one, no token is always the likeliest."""
+    rng = np.random.default_rng(0)
+
+    def draw(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        mean, deviation = {
+            "scale": (1.0, 0.1),
+            "bias": (0.0, 0.1),
+            "embedding": (0.0, 0.02),
+            "kernel": (0.0, _KERNEL_DEVIATION),
+        }[path[-1].key]
+        array = rng.standard_normal(leaf.shape, np.float32)
+        return np.float32(mean) + np.float32(deviation) * array
+
+    return jax.tree_util.tree_map_with_path(draw, param_shapes(config))
