@@ -70,10 +70,12 @@ def test_cached_decoding_gives_the_text_of_full_passes(tiny_config, tiny_params)
     assert texts == [reference.greedy(prompt, 9) for prompt in PROMPTS]
 
 
-def test_one_row_gives_the_text_of_full_passes_too(tiny_config, tiny_params):
-    """A single row takes matrix products of its own."""
-    [text] = generate(tiny_params, tiny_config, [PROMPTS[0]], max_new_tokens=29)
-    assert text == FullPasses(tiny_params, tiny_config).greedy(PROMPTS[0], 29)
+@pytest.mark.parametrize("precision", ["f32", "bf16", "int8"])
+def test_one_row_gives_the_text_of_full_passes_too(shallow_config, shallow_params, precision):
+    """A single row takes matrix products of its own; full passes have many rows."""
+    packed = pack(shallow_params, precision)
+    [text] = generate(packed, shallow_config, [PROMPTS[0]], max_new_tokens=29)
+    assert text == FullPasses(packed, shallow_config).greedy(PROMPTS[0], 29)
 
 
 def test_every_row_stops_where_its_context_is_full(tiny_config, tiny_params):
