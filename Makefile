@@ -16,7 +16,7 @@ demo: .venv/installed
 		--max_new_tokens 80 --temperature 0.8
 
 test: .venv/installed
-	$(BIN)/python -m pytest tests parity
+	$(BIN)/python -m pytest tests parity -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import errno
 import io
 import os
 import re
@@ -21,8 +22,9 @@ Flags = TypeVar("Flags")
 def run(main: Callable[[], int | None]) -> None:
     """Runs a script's main function and exits with its status.
 
-    A `UserError` is printed on one line of stderr and exits with 2; an interrupt exits with
-    130, a reader that closed the pipe with 141. Anything else is a bug and keeps its traceback.
+    A `UserError` is printed on one line of stderr and exits with 2, a full disk too; an interrupt
+    exits with 130, a reader that closed the pipe with 141. Anything else is a bug and keeps its
+    traceback.
     """
     try:
         status = main() or 0
@@ -35,10 +37,26 @@ def run(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:
-        # Python flushes stdout again on its way out; let that write go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         status = 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "the output"
+        print_error(UserError(f"cannot write {where}: {error.strerror}; make room and try again"))
+        status = 2
+        _drop_output()
+        _leave_the_others(status)
     sys.exit(status)
+
+
+def _drop_output() -> None:
+    """Sends stdout nowhere if it takes nothing: Python flushes it again on its way out."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_error(error: UserError) -> None:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gpt2_jax.packed import PackedMatrix, project, rows
+from gpt2_jax.packed import Packed, PackedMatrix, project, rows
 from gpt2_jax.precision import einsum
 
 
@@ -70,7 +70,7 @@ class Embedding(nn.Module):
             self.embedding = self.param("embedding", self._initial_table)
 
     @property
-    def table(self) -> PackedMatrix:
+    def table(self) -> Packed:
         """The table, packed or not."""
         if self.has_variable("packed", "embedding"):
             return self.get_variable("packed", "embedding")
@@ -85,8 +85,8 @@ class Embedding(nn.Module):
         """Looks up rows: indices of any shape [...] to float32 [..., D]; NaN outside the table."""
         inside = (indices >= 0) & (indices < self.rows)
         # Neither the padding nor, counted from the end, the last rows may answer.
-        indices = jnp.where(inside, indices.astype(jnp.int32), self.table.weight_FD.shape[0])
-        return rows(self.table, indices)
+        indices = jnp.where(inside, indices.astype(jnp.int32), jnp.iinfo(jnp.int32).max)
+        return rows(self.table, indices, self.features)
 
     def first_rows(self, count: int) -> jax.Array:
         """The first rows [count, D]: a slice, whose gradient is no scatter."""

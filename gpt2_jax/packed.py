@@ -1,14 +1,14 @@
 """Weights packed for generation: laid out, and rounded if asked, as decoding reads them fastest.
 
 A decoding step reads every weight once and does little with it, so it takes the size of the
-weights over the bandwidth of the memory. Packing stores each matrix with one contiguous row of
-weights for each output:
+weights over the bandwidth of the memory. Packing makes them small and puts them in the order in
+which the platform's fastest product reads them:
 
     f32    4 bytes a weight, as trained
     bf16   2 bytes, rounded to 8 significant bits
     int8   1 byte, rounded to 255 levels, with one scale for each output
 
-Only weights are rounded to int8, activations keep at least 15 bits. Biases, layer norms and
+Only weights are rounded to int8, activations keep some 15 bits. Biases, layer norms and
 position embeddings stay float32. Layers take a matrix from the collection "packed" where they
 find one there.
 
@@ -23,12 +23,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gpt2_jax.errors import UserError
+from gpt2_jax.packed_int8 import product_int8
+from gpt2_jax.packed_words import PackedWords, matvec, to_words, unpack, unpack_after
 from gpt2_jax.precision import einsum
 
 # XLA:CPU makes slow code for a number of rows without small factors, such as 50,257.
 VOCABULARY_MULTIPLE = 64
 
 Precision = Literal["f32", "bf16", "int8"]
+
+_Order = Literal["words", "outputs", "inputs"]
 
 
 def compute_dtype(precision: Precision) -> DTypeLike:
@@ -40,27 +44,37 @@ def compute_dtype(precision: Precision) -> DTypeLike:
 
 
 class PackedMatrix(NamedTuple):
-    """A weight matrix by its outputs: float32, bfloat16, or int8 with a scale for each row."""
+    """A weight matrix by its outputs: float32, bfloat16, or int8 with a scale for each output."""
 
     weight_FD: jax.Array
     scale_F: jax.Array | None = None
+
+
+class PackedByInputs(NamedTuple):
+    """A float32 table by its inputs, as kernels are: fastest for several rows on a CPU."""
+
+    weight_DF: jax.Array
+
+
+Packed = PackedMatrix | PackedWords | PackedByInputs
 
 
 class PackedParams(NamedTuple):
     """A model's parameters, packed: what `pack` returns and `apply` takes in place of `Params`."""
 
     params: dict[str, Any]
-    """vectors and position embeddings, as they were"""
+    """what needs no packing, as it was"""
     packed: dict[str, Any]
-    """a `PackedMatrix` for every matrix product, by the same names"""
+    """a `Packed` for each of the other matrices, by the same names"""
 
     @property
     def precision(self) -> Precision:
         """Of the weights."""
         if not self.packed:
             return "f32"
-        dtype = self.packed["wte"]["embedding"].weight_FD.dtype
-        return {"float32": "f32", "bfloat16": "bf16", "int8": "int8"}[dtype.name]  # type: ignore[return-value]
+        names = {"float32": "f32", "bfloat16": "bf16", "uint32": "bf16", "int8": "int8"}
+        # In any form of a matrix, the weights come first.
+        return names[jax.tree.leaves(self.packed)[0].dtype.name]  # type: ignore[return-value]
 
     @property
     def nbytes(self) -> int:
@@ -74,8 +88,9 @@ def pack(params: dict[str, Any], precision: Precision = "f32", *, rows: int = 1)
     Args:
       params: the parameter tree, which is left as it is. What needs no packing is shared with it.
       precision: of the packed weights.
-      rows: how many rows will be continued at once. Several float32 rows are fastest with the
-        parameters as they are, one row on a CPU with each matrix transposed; either way is right.
+      rows: how many rows will be continued at once. The results are the same for any other
+        number, but several rows with weights packed for one, or one with those for several, may
+        take many times as long.
 
     Returns:
       Parameters for `apply` and `generate`.
@@ -85,21 +100,29 @@ def pack(params: dict[str, Any], precision: Precision = "f32", *, rows: int = 1)
     """
     if precision not in get_args(Precision):
         raise UserError(f"precision={precision!r} must be one of {', '.join(get_args(Precision))}")
-    if precision == "f32" and (rows > 1 or jax.default_backend() != "cpu"):
+    on_cpu = jax.default_backend() == "cpu"
+    if precision == "f32" and not on_cpu:
         return PackedParams(params, {})
-    return _pack_tree(params, precision)
+    order: _Order = "outputs"
+    if on_cpu and rows == 1 and precision != "int8":
+        order = "words"
+    elif precision == "f32":
+        order = "inputs"
+    return _pack_tree(params, precision, order)
 
 
-def _pack_tree(params: dict[str, Any], precision: Precision) -> PackedParams:
+def _pack_tree(params: dict[str, Any], precision: Precision, order: _Order) -> PackedParams:
     kept: dict[str, Any] = {}
     packed: dict[str, Any] = {}
+    # Position embeddings are only looked up; so are tokens where the head is another table.
+    as_they_are = {"wpe"}
+    if order == "inputs" and "lm_head" in params:
+        as_they_are.add("wte")
     for name, child in params.items():
-        if name == "kernel":
-            packed[name] = _pack_matrix(child, precision, transposed=True)
-        elif name == "embedding":
-            packed[name] = _pack_matrix(child, precision, transposed=False)
-        elif isinstance(child, dict) and name != "wpe":
-            inner = _pack_tree(child, precision)
+        if name == "embedding" or (name == "kernel" and order != "inputs"):
+            packed[name] = _pack_matrix(child, precision, order, is_kernel=name == "kernel")
+        elif isinstance(child, dict) and name not in as_they_are:
+            inner = _pack_tree(child, precision, order)
             kept |= {name: inner.params} if inner.params else {}
             packed |= {name: inner.packed} if inner.packed else {}
         else:
@@ -107,112 +130,72 @@ def _pack_tree(params: dict[str, Any], precision: Precision) -> PackedParams:
     return PackedParams(kept, packed)
 
 
-def _pack_matrix(weight: jax.Array, precision: Precision, *, transposed: bool) -> PackedMatrix:
-    if precision == "f32" and not transposed:
-        return PackedMatrix(jnp.asarray(weight, jnp.float32))
-    return _rounded(weight, precision=precision, transposed=transposed)
-
-
-@jax.jit(static_argnames=("precision", "transposed"))
-def _rounded(weight: jax.Array, *, precision: Precision, transposed: bool) -> PackedMatrix:
-    if transposed:
+@jax.jit(static_argnames=("precision", "order", "is_kernel"))
+def _pack_matrix(
+    weight: jax.Array, precision: Precision, order: _Order, *, is_kernel: bool
+) -> Packed:
+    weight = weight.astype(jnp.float32)
+    if is_kernel:
         weight_FD = weight.T
     else:
         weight_FD = jnp.pad(weight, ((0, -weight.shape[0] % VOCABULARY_MULTIPLE), (0, 0)))
-    if precision != "int8":
-        return PackedMatrix(weight_FD.astype(jnp.bfloat16 if precision == "bf16" else jnp.float32))
-    largest_F = jnp.max(jnp.abs(weight_FD), axis=1)
-    scale_F = jnp.where(largest_F > 0, largest_F / 127, 1.0)
-    return PackedMatrix(jnp.round(weight_FD / scale_F[:, None]).astype(jnp.int8), scale_F)
+    if order == "inputs":
+        return PackedByInputs(weight_FD.T)
+    if precision == "int8":
+        largest_F = jnp.max(jnp.abs(weight_FD), axis=1)
+        scale_F = jnp.where(largest_F > 0, largest_F / 127, 1.0)
+        # int8 has no such number, and the largest does not show it on a CPU.
+        scale_F = jnp.where(jnp.isnan(weight_FD).any(axis=1), jnp.nan, scale_F)
+        return PackedMatrix(jnp.round(weight_FD / scale_F[:, None]).astype(jnp.int8), scale_F)
+    weight_FD = weight_FD.astype(jnp.bfloat16 if precision == "bf16" else jnp.float32)
+    return to_words(weight_FD) if order == "words" else PackedMatrix(weight_FD)
 
 
-def rows(matrix: PackedMatrix, indices: jax.Array) -> jax.Array:
-    """Looks up rows in float32: indices of any shape [...] to [..., D]; NaN outside the matrix."""
-    if matrix.weight_FD.dtype != jnp.float32:
+def rows(table: Packed, indices: jax.Array, width: int) -> jax.Array:
+    """Looks up rows in float32: indices of any shape [...] to [..., width]; NaN outside."""
+    (stored, *_) = table
+    if stored.dtype != jnp.float32:
         # Or XLA would convert the whole table, before the decode loop.
-        matrix, indices = jax.lax.optimization_barrier((matrix, indices))
-    take = functools.partial(jnp.take, axis=0, mode="fill")
-    if matrix.scale_F is None:
-        return take(matrix.weight_FD, indices, fill_value=jnp.nan).astype(jnp.float32)
-    levels = take(matrix.weight_FD, indices, fill_value=0).astype(jnp.float32)
-    return levels * take(matrix.scale_F, indices, fill_value=jnp.nan)[..., None]
+        stored, indices = jax.lax.optimization_barrier((stored, indices))
+    take = functools.partial(jnp.take, indices=indices, axis=0, mode="fill", fill_value=jnp.nan)
+    if isinstance(table, PackedByInputs):
+        return jnp.moveaxis(take(stored, axis=1), 0, -1)
+    if isinstance(table, PackedWords):
+        return unpack(take(stored, fill_value=table.not_a_number), width).astype(jnp.float32)
+    if table.scale_F is None:
+        return take(stored).astype(jnp.float32)
+    return take(stored, fill_value=0).astype(jnp.float32) * take(table.scale_F)[..., None]
 
 
-def project(x_BTD: jax.Array, matrix: PackedMatrix, dtype: DTypeLike) -> jax.Array:
+def project(x_BTD: jax.Array, matrix: Packed, dtype: DTypeLike) -> jax.Array:
     """The product of x [B, T, D] with a packed matrix, float32 [B, T, F].
 
     Args:
       x_BTD: activations.
-      matrix: F x D.
-      dtype: compute dtype of weights that are not int8, as for `precision.einsum`.
+      matrix: of D inputs and F outputs, packed for one row or several.
+      dtype: compute dtype of weights that are not rounded, as for `precision.einsum`.
     """
     B, T, D = x_BTD.shape
-    if jax.default_backend() == "cpu" and B * T == 1 and _lanes(matrix.weight_FD) is not None:
-        return _matvec(x_BTD.reshape(D), matrix)[None, None]
-    if matrix.weight_FD.dtype == jnp.bfloat16:
-        dtype = jnp.bfloat16
-    if matrix.scale_F is None:
+    on_cpu = jax.default_backend() == "cpu"
+    if isinstance(matrix, PackedByInputs):
+        return einsum("BTD,DF->BTF", x_BTD, matrix.weight_DF, dtype)
+    if isinstance(matrix, PackedWords):
+        if B * T == 1:
+            return matvec(x_BTD.reshape(D), matrix)[None, None]
+        matrix = PackedMatrix(unpack_after(x_BTD, matrix, D))
+    if matrix.scale_F is not None:
+        if on_cpu:
+            y_BTF = product_int8(x_BTD.reshape(-1, D), matrix.weight_FD).reshape(B, T, -1)
+        else:
+            y_BTF = einsum("BTD,FD->BTF", x_BTD, matrix.weight_FD, dtype)
+        return y_BTF * matrix.scale_F[None, None, :]
+    if matrix.weight_FD.dtype != jnp.bfloat16:
         return einsum("BTD,FD->BTF", x_BTD, matrix.weight_FD, dtype)
-    if jax.default_backend() == "cpu":
-        y_BTF = _product_int8(x_BTD, matrix.weight_FD)
-    else:
-        y_BTF = einsum("BTD,FD->BTF", x_BTD, matrix.weight_FD, dtype)
-    return y_BTF * matrix.scale_F[None, None, :]
-
-
-def _product_int8(x_BTD: jax.Array, weight_FD: jax.Array) -> jax.Array:
-    """The product by 8-bit arithmetic, with activations of 15 bits.
-
-    Processors multiply bytes fastest, but eight bits are too few for GPT-2's activations, some of
-    which are a hundred times larger than the rest. So each row of x is written as
-    scale * (high + low / 254) with bytes high and low, and both are multiplied in one product,
-    whose sums of whole numbers are exact.
-    """
-    scale_BT1 = jnp.max(jnp.abs(x_BTD), axis=-1, keepdims=True).astype(jnp.float32) / 127
-    scaled_BTD = x_BTD / jnp.where(scale_BT1 > 0, scale_BT1, 1.0)
-    high_BTD = jnp.round(scaled_BTD)
-    low_BTD = jnp.round((scaled_BTD - high_BTD) * 254)
-    bytes_2BTD = jnp.stack([high_BTD, low_BTD]).astype(jnp.int8)
-    sums_2BTF = jax.lax.dot_general(
-        bytes_2BTD, weight_FD, (((3,), (1,)), ((), ())), preferred_element_type=jnp.int32
-    ).astype(jnp.float32)
-    return (sums_2BTF[0] + sums_2BTF[1] / 254) * scale_BT1
-
-
-def _matvec(x_D: jax.Array, matrix: PackedMatrix) -> jax.Array:
-    """The product with one row, float32 [F], at the speed of memory on a CPU.
-
-    XLA:CPU has a fast product for float32 only; for other types it computes one multiplication at
-    a time. Written as below, a sum over slices of the inputs, it fuses conversion, multiplication
-    and addition into one loop over whole vector registers.
-    """
-    weight_FD = matrix.weight_FD
-    lanes = _lanes(weight_FD)
-    assert lanes is not None
-    x_D = x_D.astype(jnp.float32)
-    if weight_FD.dtype == jnp.bfloat16:  # rounded, as the product of several rows rounds them
-        x_D = jax.lax.reduce_precision(x_D, exponent_bits=8, mantissa_bits=7)
-    # Tied to x, the matrix is not converted in full and once, before the decode loop.
-    x_D, weight_FD = jax.lax.optimization_barrier((x_D, weight_FD))
-    sums_FL = sum(
-        weight_FD[:, start : start + lanes].astype(jnp.float32) * x_D[None, start : start + lanes]
-        for start in range(0, x_D.shape[0], lanes)
-    )
-    # The sum over the lanes must not move into that loop: it would leave it one lane at a time.
-    sums_FL = jax.lax.optimization_barrier(sums_FL)
-    y_F = sums_FL @ jnp.ones(lanes)
-    return y_F if matrix.scale_F is None else y_F * matrix.scale_F
-
-
-def _lanes(weight_FD: jax.Array) -> int | None:
-    """Width of the slices for `_matvec`; None where another product is as fast, or nothing fits.
-
-    XLA converts the whole matrix apart when there are too many slices: more than 12 of bfloat16,
-    some 30 of int8.
-    """
-    most = {jnp.dtype(jnp.bfloat16): 12, jnp.dtype(jnp.int8): 25}.get(weight_FD.dtype)
-    inputs = weight_FD.shape[1]
-    if most is None:
-        return None
-    widths = (width for width in range(32, inputs + 1, 32) if inputs % width == 0)
-    return next((width for width in widths if inputs // width <= most), None)
+    if not on_cpu:
+        return einsum("BTD,FD->BTF", x_BTD, matrix.weight_FD, jnp.bfloat16)
+    # A single row, or the matrix on the right, and XLA:CPU would convert the matrix or turn it
+    # round, once in full before the decode loop.
+    rows_ND = x_BTD.reshape(-1, D)
+    rows_ND = jnp.concatenate([rows_ND, rows_ND]) if B * T == 1 else rows_ND
+    y_FN = einsum("FD,ND->FN", matrix.weight_FD, rows_ND, jnp.bfloat16)
+    return y_FN.T[: B * T].reshape(B, T, -1)

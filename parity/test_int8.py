@@ -14,6 +14,7 @@ from gpt2_jax.generation.decode import generate
 from gpt2_jax.interop.huggingface import state_dict_from_params
 from gpt2_jax.model import GPT2, Params, apply
 from gpt2_jax.packed import PackedMatrix, Precision, pack
+from gpt2_jax.packed_words import PackedWords, unpack
 from parity.models import Models, pretrained_models, random_tokens
 
 
@@ -21,14 +22,20 @@ def rounded(params: Params, packed: dict[str, Any]) -> Params:
     """The parameters with every packed matrix in place of its own, in float32 again."""
     merged = dict(params)
     for name, child in packed.items():
-        if isinstance(child, PackedMatrix):
-            weight_FD = np.asarray(child.weight_FD.astype(np.float32))
-            if child.scale_F is not None:
-                weight_FD = weight_FD * np.asarray(child.scale_F)[:, None]
-            merged[name] = weight_FD.T if name == "kernel" else weight_FD[: len(params[name])]
-        else:
+        if isinstance(child, dict):
             merged[name] = rounded(params[name], child)
+        else:
+            outputs, inputs = params[name].shape[:: -1 if name == "kernel" else 1]
+            weight_FD = weights(child, inputs)[:outputs]
+            merged[name] = weight_FD.T if name == "kernel" else weight_FD
     return merged
+
+
+def weights(matrix: PackedMatrix | PackedWords, inputs: int) -> np.ndarray:
+    if isinstance(matrix, PackedWords):
+        matrix = PackedMatrix(unpack(matrix.words_FW, inputs))
+    weight_FD = np.asarray(matrix.weight_FD.astype(np.float32))
+    return weight_FD if matrix.scale_F is None else weight_FD * np.asarray(matrix.scale_F)[:, None]
 
 
 @pytest.mark.parametrize(
@@ -40,11 +47,12 @@ def rounded(params: Params, packed: dict[str, Any]) -> Params:
         ("int8", 2e-4),
     ],
 )
+@pytest.mark.parametrize("rows", [1, 2])
 def test_logits_are_those_of_the_rounded_weights_at_124m(
-    gpt2_124m: Models, precision: Precision, bound: float
+    gpt2_124m: Models, rows: int, precision: Precision, bound: float
 ) -> None:
     tokens_BT = random_tokens(gpt2_124m.config, (2, 17), seed=3)
-    packed = pack(gpt2_124m.params, precision)
+    packed = pack(gpt2_124m.params, precision, rows=rows)
     ours_BTV = jax.jit(apply, static_argnums=0)(GPT2(gpt2_124m.config), packed, tokens_BT)
 
     params = rounded(gpt2_124m.params, packed.packed)

@@ -490,6 +490,17 @@ def test_a_reader_who_has_seen_enough_ends_it_quietly(model_dir):
     assert process.returncode == 141
 
 
+def test_a_full_disk_is_told_in_one_line(model_dir):
+    command = script("--source", model_dir, "--prompt", "one", "--max_new_tokens", 2)
+    with Path("/dev/full").open("wb") as full:
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (
+        process.stderr
+        == b"error: cannot write the output: No space left on device; make room and try again\n"
+    )
+    assert process.returncode == 2
+
+
 def test_a_second_start_compiles_nothing_and_imports_little(model_dir, tmp_path):
     heavy = {"torch", "transformers", "orbax", "grain", "optax", "matplotlib"}
     command = script(

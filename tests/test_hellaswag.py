@@ -266,8 +266,16 @@ def test_a_bad_line_is_told_with_file_and_number(tmp_path, line, complaint):
         ("items.jsonl", b"", "items.jsonl is empty"),
         ("items.jsonl", b"\xff\n", "cannot read .*items.jsonl: .*0xff"),
         ("items.jsonl.gz", b"plain text", "cannot read .*items.jsonl.gz: Not a gzipped file"),
-        ("items.jsonl.gz", gzip.compress(b"{}")[:-9], "cannot read .*items.jsonl.gz: Compressed"),
-        ("items.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 9, "cannot read .*jsonl.gz: Err"),
+        (
+            "items.jsonl.gz",
+            gzip.compress(b"{}", mtime=0)[:-9],
+            "cannot read .*items.jsonl.gz: Compressed",
+        ),
+        (
+            "items.jsonl.gz",
+            gzip.compress(b"{}", mtime=0)[:10] + b"\xff" * 9,
+            "cannot read .*jsonl.gz: Err",
+        ),
         ("items.jsonl", None, "cannot read .*items.jsonl: No such file"),
     ],
 )

@@ -15,30 +15,36 @@ from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.data.text import python_documentation
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import GPT2, apply, init_params, param_shapes
-from gpt2_jax.packed import PackedMatrix, PackedParams, pack, project, rows
+from gpt2_jax.packed import PackedByInputs, PackedMatrix, PackedParams, pack, project, rows
+from gpt2_jax.packed_words import PackedWords, unpack
 from gpt2_jax.training.step import batch_loss
 
 PRECISIONS = ("f32", "bf16", "int8")
 TOKENS_BT = np.random.default_rng(6).integers(0, 97, (2, 9)).astype(np.int32)
-# The first have slices for a single row's product, the last ones do not.
-SHAPES_FD = [(96, 32), (5, 768), (3, 3072), (2, 1600), (7, 33), (1, 1)]
+# Inputs that fill the words of a vector register, and some that do not.
+SHAPES_FD = [(96, 32), (5, 768), (3, 3072), (2, 1600), (2, 6400), (7, 33), (1, 1)]
 
 
-def matrix(weight_FD, precision):
-    """A matrix packed as those of a model are."""
-    return pack({"c_fc": {"kernel": weight_FD.T}}, precision).packed["c_fc"]["kernel"]
+def matrix(weight_FD, precision, together=1):
+    """A matrix packed as a model's output head is, for so many rows together."""
+    table = {"wte": {"embedding": jnp.asarray(weight_FD)}}
+    return pack(table, precision, rows=together).packed["wte"]["embedding"]
 
 
-def random_matrix(outputs, inputs, precision):
+def random_matrix(outputs, inputs, precision, together=1):
     weight_FD = np.random.default_rng(outputs).normal(size=(outputs, inputs))
-    return matrix(weight_FD.astype(np.float32), precision)
+    return matrix(weight_FD.astype(np.float32), precision, together)
 
 
-def dequantised(packed):
+def dequantised(packed, outputs, inputs):
     """The weights that a packed matrix stands for, in float64."""
+    if isinstance(packed, PackedByInputs):
+        return np.asarray(packed.weight_DF.T, np.float64)[:outputs]
+    if isinstance(packed, PackedWords):
+        packed = PackedMatrix(unpack(packed.words_FW, inputs))
     weight_FD = np.asarray(packed.weight_FD.astype(jnp.float32), np.float64)
     scale_F = 1.0 if packed.scale_F is None else np.asarray(packed.scale_F, np.float64)
-    return weight_FD * np.reshape(scale_F, (-1, 1))
+    return (weight_FD * np.reshape(scale_F, (-1, 1)))[:outputs]
 
 
 def flat(tree):
@@ -58,11 +64,12 @@ def model_and_params(request, shallow_config, shallow_params):
     return GPT2(config), params
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_packed_model_is_the_same_up_to_rounding(model_and_params, precision):
+def test_a_packed_model_is_the_same_up_to_rounding(model_and_params, precision, together):
     model, params = model_and_params
     before = jax.tree.map(np.array, params)
-    packed = pack(params, precision)
+    packed = pack(params, precision, rows=together)
     assert isinstance(packed, PackedParams)
     assert packed.precision == precision
     jax.tree.map(np.testing.assert_array_equal, params, before)
@@ -76,23 +83,27 @@ def test_a_packed_model_is_the_same_up_to_rounding(model_and_params, precision):
     assert error > 1e-4 or precision == "f32"
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_only_tokens_of_the_vocabulary_have_rows(model_and_params, precision):
+def test_only_tokens_of_the_vocabulary_have_rows(model_and_params, precision, together):
     """Tables are padded in packing, and may be before."""
     model, params = model_and_params
     outside = jnp.array([[-1, 97, 99, 100, 127, 128]])
-    packed = pack(params, precision)
+    packed = pack(params, precision, rows=together)
     lookup = functools.partial(apply, model, packed, method=lambda model, t: model.wte(t))
     assert np.isnan(lookup(outside)).all()
     assert np.isfinite(lookup(jnp.array([[0, 96]]))).all()
 
 
-def test_several_float32_rows_need_no_packing(tiny_params):
+def test_for_several_float32_rows_the_tables_alone_are_packed(tiny_params):
     packed = pack(tiny_params, rows=2)
     assert packed.precision == "f32"
-    assert packed.params is tiny_params
-    assert not packed.packed
-    assert packed.nbytes == flat(tiny_params).nbytes
+    assert list(packed.packed) == ["wte"]
+    for block in ("h_0", "h_1"):
+        for kept, param in zip(
+            *map(jax.tree.leaves, (packed.params[block], tiny_params[block])), strict=True
+        ):
+            assert kept is param
 
 
 def test_precisions_are_those_there_are(tiny_params):
@@ -100,14 +111,18 @@ def test_precisions_are_those_there_are(tiny_params):
         pack(tiny_params, "int4")
 
 
-def test_sizes_follow_the_bits():
+@pytest.mark.parametrize("together", [1, 2])
+def test_sizes_follow_the_bits(together):
     """At the 124M shape: of 4 bytes a weight two are left, or one; vectors are next to nothing."""
     shapes = param_shapes(SIZES["gpt2"])
-    packs = [jax.eval_shape(functools.partial(pack, precision=p), shapes) for p in PRECISIONS]
     full, half, quarter = (
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(packed)) for packed in packs
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(packed))
+        for packed in (
+            jax.eval_shape(functools.partial(pack, precision=precision, rows=together), shapes)
+            for precision in PRECISIONS
+        )
     )
-    assert full == 4 * SIZES["gpt2"].parameter_count
+    assert full == pytest.approx(4 * SIZES["gpt2"].parameter_count, rel=0.001)  # a padded head
     assert half / full == pytest.approx(1 / 2, abs=0.005)
     assert quarter / full == pytest.approx(1 / 4, abs=0.008)
 
@@ -117,21 +132,53 @@ def test_size_is_that_of_all_arrays(tiny_params):
     assert packed.nbytes == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(packed))
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_int8_weights_are_at_most_half_a_level_off(scale):
+def test_int8_weights_are_at_most_half_a_level_off(scale, together):
     """Every output has levels of its own, from its largest weight down to minus that."""
     rng = np.random.default_rng(3)
     weight_FD = scale * rng.normal(size=(40, 96)) * np.logspace(-3, 3, 40)[:, None]
     weight_FD = weight_FD.astype(np.float32)
     weight_FD[7] = 0
     weight_FD[8, 1:] = 0
-    packed = matrix(weight_FD, "int8")
-    assert packed.weight_FD.dtype == jnp.int8
+    packed = matrix(weight_FD, "int8", together)
     level_F = np.abs(weight_FD).max(axis=1).astype(np.float64) / 127
-    error_FD = np.abs(dequantised(packed) - weight_FD)
-    assert np.all(error_FD <= level_F[:, None] * (0.5 + 1e-4))
-    largest_F = np.abs(np.asarray(packed.weight_FD, np.int32)).max(axis=1)
-    np.testing.assert_array_equal(largest_F, np.where(np.arange(40) == 7, 0, 127))
+    rounded_FD = dequantised(packed, 40, 96)
+    assert np.all(np.abs(rounded_FD - weight_FD) <= level_F[:, None] * (0.5 + 1e-4))
+    levels_F = np.abs(rounded_FD).max(axis=1) / np.where(level_F > 0, level_F, 1)
+    np.testing.assert_allclose(levels_F, np.where(np.arange(40) == 7, 0, 127), rtol=1e-6)
+
+
+@pytest.mark.parametrize("inputs", [1, 33, 768, 3072])
+def test_weights_are_the_same_in_words(inputs):
+    alone, together = (random_matrix(3, inputs, "bf16", together) for together in (1, 2))
+    assert isinstance(alone, PackedWords)
+    assert isinstance(together, PackedMatrix)
+    weight_FD = unpack(alone.words_FW, inputs)
+    assert weight_FD.dtype == together.weight_FD.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(weight_FD, together.weight_FD)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_parameters_of_any_type_are_packed_as_float32(tiny_params, precision, together, dtype):
+    narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny_params)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
+    packed, expected = (pack(params, precision, rows=together) for params in (narrow, wide))
+    assert packed.precision == precision
+    jax.tree.map(np.testing.assert_array_equal, packed.packed, expected.packed)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_weight_that_is_no_number_shows(precision, together):
+    weight_FD = np.ones((3, 64), np.float32)
+    weight_FD[1, 5] = np.nan
+    packed = matrix(weight_FD, precision, together)
+    for T in (1, 2):
+        y_F = project_compiled(jnp.ones((1, T, 64)), packed)[0, 0, :3]
+        np.testing.assert_array_equal(np.isnan(y_F), [False, True, False])
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -141,13 +188,14 @@ def project_compiled(x_BTD, packed, dtype=jnp.float32):
 
 @pytest.mark.parametrize("outlier", [1.0, 100.0])
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES_FD)
-def test_products_round_only_what_they_say(outputs, inputs, precision, outlier):
+def test_products_round_only_what_they_say(outputs, inputs, together, precision, outlier):
     """A single row takes another way than several, and the result is the same.
 
     Some of GPT-2's activations are a hundred times larger than the rest.
     """
-    packed = random_matrix(outputs, inputs, precision)
+    packed = random_matrix(outputs, inputs, precision, together)
     x_ND = np.random.default_rng(1).normal(size=(3, inputs)).astype(np.float32)
     x_ND[:, 0] *= outlier
     together_NF = project_compiled(x_ND[None], packed)[0]
@@ -155,45 +203,61 @@ def test_products_round_only_what_they_say(outputs, inputs, precision, outlier):
 
     if precision == "bf16":
         x_ND = x_ND.astype(ml_dtypes.bfloat16)
-    x_ND, weight_FD = x_ND.astype(np.float64), dequantised(packed)
+    x_ND, weight_FD = x_ND.astype(np.float64), dequantised(packed, outputs, inputs)
     expected_NF = x_ND @ weight_FD.T
     # Sums in float32 round each term many times, by 2^-25 on average and in either direction.
     bound_NF = 2**-20 * (np.abs(x_ND) @ np.abs(weight_FD).T)
-    # Written in steps of the 127 * 254th part of the largest and rounded to the nearest, at worst
-    # all activations are off by half a step in the direction of their weights.
-    step_N = np.abs(x_ND).max(axis=1) / (127 * 254)
-    steps_NF = 0.5 * step_N[:, None] * np.abs(weight_FD).sum(axis=1)
-    in_steps = precision == "int8"
-    assert np.all(np.abs(together_NF - expected_NF) <= bound_NF + in_steps * steps_NF)
-    in_steps &= inputs % 32 > 0  # otherwise a single row's activations stay float32
-    assert np.all(np.abs(alone_NF - expected_NF) <= bound_NF + in_steps * steps_NF)
+    # Written in steps and rounded to the nearest, at worst all activations are off by half a step
+    # in the direction of their weights. A step is the 127 * 254th part of the largest, or what
+    # sums of 32 bits need.
+    size_ND = np.abs(x_ND)
+    step_N = np.maximum(size_ND.max(axis=1) / (127 * 254), 127 * size_ND.sum(axis=1) / 2**31)
+    steps_NF = 0.501 * step_N[:, None] * np.abs(weight_FD).sum(axis=1)
+    for y_NF in (together_NF, alone_NF):
+        assert not np.any(y_NF[:, outputs:])
+        error_NF = np.abs(y_NF[:, :outputs] - expected_NF)
+        assert np.all(error_NF <= bound_NF + (precision == "int8") * steps_NF)
 
 
-def test_int8_keeps_small_activations_beside_large_ones():
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("count", [1, 8, 9])
+def test_sums_of_whole_numbers_do_not_overflow(count, sign):
+    """The worst there is: all weights and all activations are the largest."""
+    packed = matrix(np.full((3, 6400), 0.7, np.float32), "int8")
+    y_F = project_compiled(jnp.full((1, count, 6400), sign * 0.9), packed)[0, 0, :3]
+    np.testing.assert_allclose(y_F, sign * 6400 * 0.7 * 0.9, rtol=1e-3)
+
+
+@pytest.mark.parametrize("T", [1, 8, 9])
+def test_int8_keeps_small_activations_beside_large_ones(T):
     """Eight bits alone would round all but the largest to zero."""
     packed = random_matrix(64, 256, "int8")
-    x_12D = np.full((1, 2, 256), 0.01, np.float32)
-    x_12D[..., 7] = 3.0
-    y_F = project_compiled(x_12D, packed)[0, 0]
-    x_12D[..., 7] = 0.0
-    small_F = x_12D[0, 0].astype(np.float64) @ dequantised(packed).T
-    error_F = y_F - 3.0 * dequantised(packed)[:, 7] - small_F
-    # 0.01 is 107.5 steps of 3 / (127 * 254), and half a step is lost.
+    weight_FD = dequantised(packed, 64, 256)
+    x_1TD = np.full((1, T, 256), 0.01, np.float32)
+    x_1TD[..., 7] = 3.0
+    y_F = project_compiled(x_1TD, packed)[0, 0]
+    x_1TD[..., 7] = 0.0
+    small_F = x_1TD[0, 0].astype(np.float64) @ weight_FD.T
+    error_F = y_F - 3.0 * weight_FD[:, 7] - small_F
+    # 0.01 is 107.5 steps of 3 / (127 * 254), or 109.2 of 3 / 32767; up to half a step is lost.
     assert np.linalg.norm(error_F) < 0.006 * np.linalg.norm(small_F)
 
 
-@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize("T", [1, 2, 9])
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_zeros_stay_zero(precision, T):
-    nothing = matrix(np.zeros((3, 64), np.float32), precision)
+def test_zeros_stay_zero(precision, together, T):
+    nothing = matrix(np.zeros((3, 64), np.float32), precision, together)
     assert not np.any(project_compiled(jnp.ones((1, T, 64)), nothing))
-    packed = random_matrix(3, 64, precision)
+    packed = random_matrix(3, 64, precision, together)
     assert not np.any(project_compiled(jnp.zeros((1, T, 64)), packed))
 
 
-def test_rows_do_not_touch_each_other():
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_do_not_touch_each_other(precision, together):
     """A row that is finished may hold anything: its neighbours' products stay what they were."""
-    packed = random_matrix(5, 64, "int8")
+    packed = random_matrix(5, 64, precision, together)
     x_1TD = np.random.default_rng(0).normal(size=(1, 3, 64)).astype(np.float32)
     expected_1TF = np.asarray(project_compiled(x_1TD, packed))
     for junk in (np.nan, np.inf, 1e30):
@@ -202,19 +266,19 @@ def test_rows_do_not_touch_each_other():
         np.testing.assert_array_equal(y_1TF[0, ::2], expected_1TF[0, ::2])
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_rows_are_looked_up_and_nothing_is_outside_the_table(precision):
-    table_VD = np.random.default_rng(2).normal(size=(5, 8)).astype(np.float32)
-    packed = pack({"wte": {"embedding": table_VD}}, precision).packed["wte"]["embedding"]
-    picked_12D = rows(packed, jnp.array([[4, 0]]))
+def test_rows_are_looked_up_and_nothing_is_outside_the_table(precision, together):
+    packed = random_matrix(5, 8, precision, together)
+    picked_12D = rows(packed, jnp.array([[4, 0]]), 8)
     assert picked_12D.dtype == jnp.float32
-    np.testing.assert_allclose(picked_12D[0], dequantised(packed)[[4, 0]], rtol=1e-6)
-    assert np.isnan(rows(packed, jnp.array([packed.weight_FD.shape[0], 10**6]))).all()
+    np.testing.assert_allclose(picked_12D[0], dequantised(packed, 5, 8)[[4, 0]], rtol=1e-6)
+    assert np.isnan(rows(packed, jnp.array([64, 10**6]), 8)).all()
 
 
 def test_a_table_without_packing_is_read_as_it_is():
     table_VD = jnp.arange(6.0).reshape(3, 2)
-    picked = rows(PackedMatrix(table_VD), jnp.array([2, 0]))
+    picked = rows(PackedMatrix(table_VD), jnp.array([2, 0]), 2)
     np.testing.assert_array_equal(picked, table_VD[jnp.array([2, 0])])
 
 

@@ -78,8 +78,14 @@ class Plan:
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Any:
     """`read` or `decode`, jitted for this platform; the state is donated."""
-    # XLA:CPU uses half of a 512-bit register by itself, which is too slow for int8.
-    options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
+    options = None
+    if jax.default_backend() == "cpu":
+        options = {
+            # XLA uses half of a 512-bit register by itself.
+            "xla_cpu_prefer_vector_width": 512,
+            # It cuts sums into sums of 32, too short for LLVM to vectorise: see packed_int8.
+            "xla_disable_hlo_passes": "tree_reduction_rewriter",
+        }
     return jax.jit(
         function, static_argnames="plan", donate_argnames="rows", compiler_options=options
     )
