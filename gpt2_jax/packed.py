@@ -195,7 +195,6 @@ def project(x_BTD: jax.Array, matrix: Packed, dtype: DTypeLike) -> jax.Array:
         return einsum("BTD,FD->BTF", x_BTD, matrix.weight_FD, jnp.bfloat16)
     # A single row, or the matrix on the right, and XLA:CPU would convert the matrix or turn it
     # round, once in full before the decode loop.
-    rows_ND = x_BTD.reshape(-1, D)
-    rows_ND = jnp.concatenate([rows_ND, rows_ND]) if B * T == 1 else rows_ND
-    y_FN = einsum("FD,ND->FN", matrix.weight_FD, rows_ND, jnp.bfloat16)
-    return y_FN.T[: B * T].reshape(B, T, -1)
+    twice_BTD = jnp.concatenate([x_BTD, x_BTD]) if B * T == 1 else x_BTD
+    y_FBT = einsum("FD,BTD->FBT", matrix.weight_FD, twice_BTD, jnp.bfloat16)
+    return jnp.moveaxis(y_FBT[:, :B], 0, 2)
