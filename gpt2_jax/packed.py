@@ -189,10 +189,10 @@ def project(x_BTD: jax.Array, matrix: Packed, dtype: DTypeLike) -> jax.Array:
         else:
             y_BTF = einsum("BTD,FD->BTF", x_BTD, matrix.weight_FD, dtype)
         return y_BTF * matrix.scale_F[None, None, :]
-    if matrix.weight_FD.dtype != jnp.bfloat16:
+    rounded = matrix.weight_FD.dtype == jnp.bfloat16
+    if not (rounded and on_cpu):
+        dtype = jnp.bfloat16 if rounded else dtype
         return einsum("BTD,FD->BTF", x_BTD, matrix.weight_FD, dtype)
-    if not on_cpu:
-        return einsum("BTD,FD->BTF", x_BTD, matrix.weight_FD, jnp.bfloat16)
     # A single row, or the matrix on the right, and XLA:CPU would convert the matrix or turn it
     # round, once in full before the decode loop.
     twice_BTD = jnp.concatenate([x_BTD, x_BTD]) if B * T == 1 else x_BTD
