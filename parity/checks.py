@@ -1,6 +1,5 @@
 """The comparisons that prove parity, used by the tests and by `scripts/validate.py` alike."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -15,26 +14,13 @@ from gpt2_jax.interop.huggingface import state_dict_from_params
 from gpt2_jax.model import GPT2, apply
 from gpt2_jax.training.loss import cross_entropy
 from parity.models import Models
+from parity.outcomes import Check, bounded
 
 LOGITS_BOUND = 1e-4
 """Largest absolute difference of float32 logits, up to the 124M shape: rounding in 12 layers
 of 768-term sums. The real weights' logits are about 100, where one float32 ulp is 7.6e-6."""
 LOSS_BOUND = 1e-5
 """Largest absolute difference of mean losses of about 10, where one float32 ulp is 9.5e-7."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """The outcome of one comparison."""
-
-    name: str
-    passed: bool
-    figure: str
-    """what was measured"""
-    bound: str
-    """what it may be"""
-    details: tuple[str, ...] = ()
-    """each thing that differs, named"""
 
 
 def check_state_dict(models: Models) -> Check:
@@ -50,15 +36,16 @@ def check_state_dict(models: Models) -> Check:
         elif not np.array_equal(weight, ours[name]):
             largest = np.abs(weight - ours[name]).max()
             problems.append(f"{name} differs by up to {largest:.1e}")
-    figure = f"{len(theirs) - len(problems)} of {len(theirs)} weights equal"
-    return Check("state dict", not problems, figure, "key, shape, value", tuple(problems))
+    counted = f"{len(theirs) - len(problems)} of {len(theirs)} weights equal"
+    count = (len(theirs),)
+    return Check("state dict", len(problems), 0, count, counted=counted, details=tuple(problems))
 
 
 def check_logits(models: Models, tokens_BT: np.ndarray, bound: float = LOGITS_BOUND) -> list[Check]:
     """float32 logits of JAX against Hugging Face and against the reference."""
     ours = jax_logits(models, tokens_BT)
     return [
-        _bounded(f"logits, JAX - {name}", logits, ours, bound)
+        bounded(f"logits, JAX - {name}", logits, ours, bound)
         for name, logits in torch_logits(models, tokens_BT).items()
     ]
 
@@ -71,7 +58,7 @@ def check_loss(models: Models, tokens_BT: np.ndarray, bound: float = LOSS_BOUND)
     checks = []
     for name, logits in torch_logits(models, inputs_BT).items():
         loss = functional.cross_entropy(torch.from_numpy(logits).flatten(0, 1), targets)
-        checks.append(_bounded(f"loss, JAX - {name}", loss.numpy(), np.asarray(ours), bound))
+        checks.append(bounded(f"loss, JAX - {name}", loss.numpy(), np.asarray(ours), bound))
     return checks
 
 
@@ -89,7 +76,8 @@ def compare_tokens(name: str, ours: Sequence[int], theirs: Sequence[int]) -> Che
     details = () if list(ours) == list(theirs) else (
         f"token {same}: {list(ours[same:same + 1])} in JAX, not {list(theirs[same:same + 1])}",
     )  # fmt: skip
-    return Check(name, not details, f"{same} of {len(theirs)} equal", "all equal", details)
+    counted = f"{same} of {len(theirs)} equal"
+    return Check(name, len(details), 0, (len(theirs),), counted=counted, details=details)
 
 
 def jax_logits(models: Models, tokens_BT: np.ndarray) -> np.ndarray:
@@ -120,11 +108,3 @@ def huggingface_greedy(models: Models, prompt: Sequence[int], max_new_tokens: in
         pad_token_id=models.config.eos_token_id or 0,
     )
     return out[0, len(prompt) :].tolist()
-
-
-def _bounded(name: str, theirs: np.ndarray, ours: np.ndarray, bound: float) -> Check:
-    if theirs.shape != ours.shape:
-        return Check(name, False, f"shape {ours.shape}", f"shape {theirs.shape}")
-    largest = float(np.abs(ours - theirs).max())
-    # Not "largest > bound fails": a NaN must fail.
-    return Check(name, largest <= bound, f"{largest:.1e}", f"at most {bound:.0e}")

@@ -1,6 +1,8 @@
 """Models and fixtures that the parity tests share."""
 
+import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,12 @@ from huggingface_hub import try_to_load_from_cache
 
 from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.interop.pretrained import DEFAULT_WEIGHTS, HUB_IDS
+from parity import outcomes
 from parity.models import Models, pretrained_models, random_models
+from parity.outcomes import Check, Prove
+
+PROVEN = "parity"
+"""The property of a test report under which its checks travel, also between processes."""
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -22,6 +29,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="OpenAI's real 124M weights: a .pt or .safetensors file, or a directory; by default "
         "data/gpt2_weights.pt or the hub's cache, if they are there",
     )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Every figure that a test proved, the worst of each kind."""
+    from rich.console import Console
+
+    checks = [
+        Check(**value)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == PROVEN and report.when == "call"
+    ]
+    if checks:
+        console = Console(width=None if terminalreporter.isatty else 132)
+        with console.capture() as capture:
+            title = "JAX against PyTorch: the worst of each check"
+            console.print(outcomes.table_of(outcomes.worst_of_each(checks), title))
+        terminalreporter.write_line(capture.get())
+
+
+@pytest.fixture
+def prove(record_property: Callable[[str, object], None]) -> Prove:
+    """Asserts checks that have passed, and keeps them for the table at the end."""
+
+    def prove(*checks: Check) -> None:
+        for check in checks:
+            record_property(PROVEN, dataclasses.asdict(check))
+        for check in checks:
+            assert check.passed, check
+
+    return prove
 
 
 @pytest.fixture(scope="session")

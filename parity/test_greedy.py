@@ -15,6 +15,7 @@ from gpt2_jax.generation.decode import generate
 from gpt2_jax.model import GPT2, Params, apply
 from parity.checks import LOGITS_BOUND, check_greedy, compare_tokens, huggingface_greedy
 from parity.models import Models, random_models, random_tokens
+from parity.outcomes import Prove
 
 
 def random_prompts(models: Models, *lengths: int) -> list[list[int]]:
@@ -41,48 +42,51 @@ def features(model: GPT2, params: Params, tokens_BT: jax.Array) -> Any:
     return apply(model, params, tokens_BT, method="features")
 
 
-def assert_greedy(models: Models, prompts: list[list[int]], limits: Sequence[int]) -> None:
+def assert_greedy(
+    models: Models, prompts: list[list[int]], limits: Sequence[int], prove: Prove
+) -> None:
     """Rows of one call against passes without a cache, and against Hugging Face row by row."""
     texts = generate(models.params, models.config, prompts, max_new_tokens=limits)
     assert [len(text) for text in texts] == list(limits)
     assert all(len(set(text)) > 5 for text in texts), "texts that show little"
     for prompt, text in zip(prompts, texts, strict=True):
         logits_TV = without_cache(models, prompt, text)
-        check = compare_tokens("no cache", text, logits_TV.argmax(axis=-1).tolist())
-        assert check.passed, check
+        likeliest = logits_TV.argmax(axis=-1).tolist()
+        prove(compare_tokens("greedy tokens, with and without cache", text, likeliest))
         # Nearer than rounding, the first two would be equally right.
         second_T, first_T = np.sort(logits_TV, axis=-1)[:, -2:].T
         assert (first_T - second_T).min() > LOGITS_BOUND
-        check = compare_tokens("Hugging Face", text, huggingface_greedy(models, prompt, len(text)))
-        assert check.passed, check
+        theirs = huggingface_greedy(models, prompt, len(text))
+        prove(compare_tokens("greedy tokens, rows of a batch", text, theirs))
 
 
-def test_prompts_of_1_to_1000_tokens_at_124m_up_to_the_last_position() -> None:
+def test_prompts_of_1_to_1000_tokens_at_124m_up_to_the_last_position(prove: Prove) -> None:
     """The longest prompt's last token is the 1,025th: made from 1,024, it needs no position."""
     # With a tied head, random weights would repeat the last token for ever.
     config = dataclasses.replace(SIZES["gpt2"], initializer_range=0.1, tie_word_embeddings=False)
     models = random_models(config, seed=0)
-    assert_greedy(models, random_prompts(models, 1, 7, 100, 1000), [12, 12, 12, 25])
+    assert_greedy(models, random_prompts(models, 1, 7, 100, 1000), [12, 12, 12, 25], prove)
 
 
-def test_texts_of_hundreds_of_tokens(small: Models) -> None:
+def test_texts_of_hundreds_of_tokens(small: Models, prove: Prove) -> None:
     """From the first position to the last, beside rows that end there as well or before."""
     models = random_models(dataclasses.replace(small.config, n_positions=512), seed=1)
-    assert_greedy(models, random_prompts(models, 1, 500, 200), [512, 13, 40])
+    assert_greedy(models, random_prompts(models, 1, 500, 200), [512, 13, 40], prove)
 
 
-def test_fifty_tokens_at_124m(gpt2_124m: Models) -> None:
+def test_fifty_tokens_at_124m(gpt2_124m: Models, prove: Prove) -> None:
     prompt = tokenizer.encode("Hello, my name is").tolist()
     check = check_greedy(gpt2_124m, prompt, 50)
-    assert check.passed, check
+    prove(check)
     assert check.figure == "50 of 50 equal"
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 48])
-def test_prompts_of_any_length_up_to_the_end_of_the_context(small: Models, length: int) -> None:
+def test_prompts_of_any_length_up_to_the_end_of_the_context(
+    small: Models, length: int, prove: Prove
+) -> None:
     prompt = random_tokens(small.config, (1, length), seed=length)[0].tolist()
-    check = check_greedy(small, prompt, 50)
-    assert check.passed, check
+    prove(check_greedy(small, prompt, 50))
 
 
 def test_both_stop_at_the_end_of_text(small: Models) -> None:

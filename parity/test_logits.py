@@ -12,6 +12,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import GPT2, apply
 from parity.checks import check_logits, check_loss, jax_logits, torch_logits
 from parity.models import Models, random_models, random_tokens
+from parity.outcomes import Prove
 
 SMALL = GPT2Config(
     vocab_size=131, n_positions=40, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1
@@ -32,30 +33,24 @@ VARIANTS = {
 }
 
 
-def test_logits_at_124m(gpt2_124m: Models) -> None:
-    tokens_BT = random_tokens(gpt2_124m.config, (1, 1024))
-    for check in check_logits(gpt2_124m, tokens_BT):
-        print(f"{check.name} at 124M, T=1024: {check.figure}")
-        assert check.passed, check
+def test_logits_at_124m(gpt2_124m: Models, prove: Prove) -> None:
+    prove(*check_logits(gpt2_124m, random_tokens(gpt2_124m.config, (1, 1024))))
 
 
-def test_loss_at_124m(gpt2_124m: Models) -> None:
-    for check in check_loss(gpt2_124m, random_tokens(gpt2_124m.config, (2, 129), seed=1)):
-        assert check.passed, check
+def test_loss_at_124m(gpt2_124m: Models, prove: Prove) -> None:
+    prove(*check_loss(gpt2_124m, random_tokens(gpt2_124m.config, (2, 129), seed=1)))
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_logits_of_every_architecture(changes: dict) -> None:
+def test_logits_of_every_architecture(changes: dict, prove: Prove) -> None:
     models = random_models(dataclasses.replace(SMALL, **changes), seed=2)
-    for check in check_logits(models, random_tokens(models.config, (2, 40)), bound=2e-6):
-        assert check.passed, check
+    prove(*check_logits(models, random_tokens(models.config, (2, 40)), bound=2e-6))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (3, 7)])
-def test_logits_of_every_length(shape: tuple[int, int]) -> None:
+def test_logits_of_every_length(shape: tuple[int, int], prove: Prove) -> None:
     models = random_models(SMALL, seed=3)
-    for check in check_logits(models, random_tokens(SMALL, shape), bound=2e-6):
-        assert check.passed, check
+    prove(*check_logits(models, random_tokens(SMALL, shape), bound=2e-6))
 
 
 def test_reference_is_hugging_faces_twin(small: Models) -> None:

@@ -14,6 +14,7 @@ from gpt2_jax.generation.decode import generate
 from gpt2_jax.model import GPT2
 from parity.checks import check_greedy, check_logits, check_state_dict, jax_logits
 from parity.models import Models, pretrained_models
+from parity.outcomes import Prove, bounded
 
 # Every published activation of nano-sort by its name there; block 0 unless it says otherwise.
 ACTIVATIONS = {
@@ -90,20 +91,18 @@ def test_no_published_activation_is_left_out(published: dict[str, np.ndarray]) -
     assert set(ACTIVATIONS) == set(published) - {"idx"}
 
 
-def test_nano_sort_logits(nano_sort: Models, published: dict[str, np.ndarray]) -> None:
-    tokens_BT = published["idx"].astype(np.int64)
-    logits_BTV = jax_logits(nano_sort, tokens_BT)
-    largest = np.abs(logits_BTV - published["lm_head"]).max()
-    print(f"nano-sort: logits within {largest:.1e} of the published ones")
-    assert largest <= 2e-6
+def test_nano_sort_logits(
+    nano_sort: Models, published: dict[str, np.ndarray], prove: Prove
+) -> None:
+    logits_BTV = jax_logits(nano_sort, published["idx"].astype(np.int64))
+    prove(bounded("nano-sort's published logits", published["lm_head"], logits_BTV, 2e-6))
 
 
 def test_nano_sort_agrees_with_both_pytorch_models(
-    nano_sort: Models, published: dict[str, np.ndarray]
+    nano_sort: Models, published: dict[str, np.ndarray], prove: Prove
 ) -> None:
-    assert check_state_dict(nano_sort).passed
-    for check in check_logits(nano_sort, published["idx"].astype(np.int64), bound=2e-6):
-        assert check.passed, check
+    prove(check_state_dict(nano_sort))
+    prove(*check_logits(nano_sort, published["idx"].astype(np.int64), bound=2e-6))
 
 
 def test_nano_sort_sorts(nano_sort: Models) -> None:
@@ -114,17 +113,16 @@ def test_nano_sort_sorts(nano_sort: Models) -> None:
     assert right == len(prompts)
 
 
-def test_tiny_random_gpt2(shared: Path) -> None:
+def test_tiny_random_gpt2(shared: Path, prove: Prove) -> None:
     folder = shared / "fixtures/tiny-random-gpt2"
     models = pretrained_models(folder)
-    assert check_state_dict(models).passed
+    prove(check_state_dict(models))
     cases = json.loads((folder / "greedy.json").read_text())["cases"]
     for case in cases:
         prompt, expected = case["prompt_ids"], case["new_ids"]
         [new] = generate(models.params, models.config, [prompt], max_new_tokens=len(expected))
         assert new == expected
-        for check in check_logits(models, np.array([prompt + expected]), bound=2e-6):
-            assert check.passed, check
+        prove(*check_logits(models, np.array([prompt + expected]), bound=2e-6))
 
 
 class TestRealWeights:
@@ -134,12 +132,11 @@ class TestRealWeights:
     def facts(self, shared: Path) -> dict:
         return json.loads((shared / "fixtures/gpt2-124m-facts.json").read_text())
 
-    def test_three_implementations_agree(self, real_gpt2: Models) -> None:
-        assert check_state_dict(real_gpt2).passed
+    def test_three_implementations_agree(self, real_gpt2: Models, prove: Prove) -> None:
         tokens = tokenizer.encode("The quick brown fox jumps over the lazy dog").tolist()
-        for check in check_logits(real_gpt2, np.array([tokens])):
-            assert check.passed, check
-        assert check_greedy(real_gpt2, tokenizer.encode("Hello, my name is").tolist(), 50).passed
+        prompt = tokenizer.encode("Hello, my name is").tolist()
+        prove(check_state_dict(real_gpt2), *check_logits(real_gpt2, np.array([tokens])))
+        prove(check_greedy(real_gpt2, prompt, 50))
 
     def test_last_position_logits(self, real_gpt2: Models, facts: dict) -> None:
         for case in facts["last_position_logits"]["cases"]:

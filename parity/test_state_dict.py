@@ -5,11 +5,12 @@ import numpy as np
 
 from parity.checks import check_state_dict
 from parity.models import Models
+from parity.outcomes import Prove
 
 
-def test_every_weight_is_hugging_faces(gpt2_124m: Models) -> None:
+def test_every_weight_is_hugging_faces(gpt2_124m: Models, prove: Prove) -> None:
     check = check_state_dict(gpt2_124m)
-    assert check.passed, check.details
+    prove(check)
     assert check.figure == "149 of 149 weights equal"
 
 

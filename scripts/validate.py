@@ -75,13 +75,11 @@ def main() -> int:
 
 def _print_table(results) -> None:  # type: ignore[no-untyped-def]
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("check", "measured", "allowed", "result", title="JAX against PyTorch, float32")
-    for check in results:
-        table.add_row(check.name, check.figure, check.bound, "ok" if check.passed else "DIFFERS")
+    from parity.outcomes import table_of
+
     console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(table)
+    console.print(table_of(results, "JAX against PyTorch"))
     for check in results:
         for detail in check.details:
             console.print(f"{check.name}: {detail}", soft_wrap=True, highlight=False)
