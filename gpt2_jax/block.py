@@ -44,7 +44,8 @@ class MLP(nn.Module):
 
     def __call__(self, x_BTD: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Maps [B, T, D] to the branch's output [B, T, D]."""
-        hidden_BTF = ACTIVATIONS[self.config.activation_function](self.c_fc(x_BTD))
+        hidden_BTF = self.c_fc(x_BTD).astype(jnp.float32)
+        hidden_BTF = ACTIVATIONS[self.config.activation_function](hidden_BTF)
         self.sow("intermediates", "activation", hidden_BTF)
         return self.dropout(self.c_proj(hidden_BTF), deterministic=deterministic)
 
@@ -58,9 +59,9 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         """Declares the submodules."""
-        self.ln_1 = LayerNorm(self.config.layer_norm_epsilon, self.dtype)
+        self.ln_1 = LayerNorm(self.config.layer_norm_epsilon)
         self.attn = CausalSelfAttention(self.config, self.dtype, self.implementation)
-        self.ln_2 = LayerNorm(self.config.layer_norm_epsilon, self.dtype)
+        self.ln_2 = LayerNorm(self.config.layer_norm_epsilon)
         self.mlp = MLP(self.config, self.dtype)
 
     def __call__(
@@ -74,5 +75,6 @@ class Block(nn.Module):
         """Arguments and results as for `CausalSelfAttention`."""
         branch_BTD, cache = self.attn(self.ln_1(x_BTD), cache, start_B, deterministic=deterministic)
         x_BTD = x_BTD + branch_BTD
+        self.sow("intermediates", "middle", x_BTD)
         x_BTD = x_BTD + self.mlp(self.ln_2(x_BTD), deterministic=deterministic)
         return x_BTD, cache

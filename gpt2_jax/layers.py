@@ -37,18 +37,16 @@ class LayerNorm(nn.Module):
     """
 
     epsilon: float
-    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Normalises every position: [B, T, D] to [B, T, D] in the compute dtype."""
+        """Normalises every position: float32 [B, T, D] to float32 [B, T, D]."""
         scale_D = self.param("scale", nn.initializers.ones, x_BTD.shape[-1:])
         bias_D = self.param("bias", nn.initializers.zeros, x_BTD.shape[-1:])
-        x_BTD = x_BTD.astype(jnp.float32)
         deviation_BTD = x_BTD - jnp.mean(x_BTD, axis=-1, keepdims=True)
         variance_BT1 = jnp.mean(jnp.square(deviation_BTD), axis=-1, keepdims=True)
         y_BTD = deviation_BTD / jnp.sqrt(variance_BT1 + self.epsilon)
-        return (y_BTD * scale_D[None, None, :] + bias_D[None, None, :]).astype(self.dtype)
+        return y_BTD * scale_D[None, None, :] + bias_D[None, None, :]
 
 
 class Embedding(nn.Module):

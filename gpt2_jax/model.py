@@ -60,7 +60,7 @@ class GPT2(nn.Module):
         self.wpe = Embedding(config.n_positions, size, stddev, self.dtype)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = [Block(config, self.dtype, self.implementation) for _ in range(config.n_layer)]
-        self.ln_f = LayerNorm(config.layer_norm_epsilon, self.dtype)
+        self.ln_f = LayerNorm(config.layer_norm_epsilon)
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(rows, size, stddev, self.dtype, padded)
 
@@ -99,7 +99,7 @@ class GPT2(nn.Module):
             positions_BTD = self.wpe.first_rows(T)[None]
         else:
             positions_BTD = self.wpe(start_B[:, None] + jnp.arange(T)[None, :])
-        x_BTD = (self.wte(tokens_BT) + positions_BTD).astype(self.dtype)
+        x_BTD = self.wte(tokens_BT) + positions_BTD
         x_BTD = self.drop(x_BTD, deterministic=deterministic)
         layers = []
         for i, block in enumerate(self.h):

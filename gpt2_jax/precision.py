@@ -3,7 +3,9 @@
 - Parameters, gradients and optimizer state are float32.
 - Compute is bfloat16 or float32, the model's `dtype`. Operands of every matrix product are
   rounded to it once; the product accumulates in float32, forward and backward.
-- Softmax, layer norm statistics, logits and the loss are float32.
+- What a linear layer returns is rounded to the compute dtype. All that is not a product is
+  float32: the residual stream, layer norms, nonlinearities, softmax, logits and the loss. That
+  is what PyTorch's autocast does, but for its nonlinearities.
 - Weights may be stored in fewer bits for generation alone, see `gpt2_jax.packed`.
 - float32 means float32: GPUs must not round it to TensorFloat-32 behind the user's back.
 """

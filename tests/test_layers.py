@@ -19,7 +19,7 @@ def test_layer_norm_follows_its_formula_even_far_from_zero(mean):
     x_BTD = RNG.normal(mean, 1.0, (2, 3, 64)).astype(np.float32)
     scale_D, bias_D = (RNG.uniform(-1, 1, 64).astype(np.float32) for _ in range(2))
     params = {"scale": scale_D, "bias": bias_D}
-    actual_BTD = LayerNorm(1e-5, jnp.float32).apply({"params": params}, x_BTD)
+    actual_BTD = LayerNorm(1e-5).apply({"params": params}, x_BTD)
 
     exact_BTD = x_BTD.astype(np.float64)
     deviation_BTD = exact_BTD - exact_BTD.mean(axis=-1, keepdims=True)
@@ -31,7 +31,7 @@ def test_layer_norm_follows_its_formula_even_far_from_zero(mean):
 
 def test_layer_norm_of_equal_values_is_its_bias():
     params = {"scale": np.ones(4, np.float32), "bias": np.arange(4, dtype=np.float32)}
-    y_BTD = LayerNorm(1e-5, jnp.float32).apply({"params": params}, jnp.full((1, 1, 4), 7.0))
+    y_BTD = LayerNorm(1e-5).apply({"params": params}, jnp.full((1, 1, 4), 7.0))
     np.testing.assert_array_equal(y_BTD[0, 0], params["bias"])
 
 
@@ -44,11 +44,14 @@ def test_linear_is_x_times_w_plus_b():
     np.testing.assert_allclose(y_BTF, x_BTD.astype(float) @ kernel_DF + bias_F, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("layer", [Linear(7, 0.02, "bfloat16"), LayerNorm(1e-5, "bfloat16")])
-def test_layers_compute_in_their_dtype_and_keep_float32_parameters(layer):
-    x_BTD = jnp.ones((1, 2, 5), jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("layer", "dtype"),
+    [(Linear(7, 0.02, "bfloat16"), jnp.bfloat16), (LayerNorm(1e-5), jnp.float32)],
+)
+def test_layers_round_as_the_policy_says_and_keep_float32_parameters(layer, dtype):
+    x_BTD = jnp.ones((1, 2, 5), jnp.float32)
     y_BTD, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x_BTD)
-    assert y_BTD.dtype == jnp.bfloat16
+    assert y_BTD.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
 
 
