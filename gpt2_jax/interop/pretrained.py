@@ -10,7 +10,7 @@ import numpy as np
 
 from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop import huggingface, weight_files
+from gpt2_jax.interop import hub, huggingface, weight_files
 from gpt2_jax.model import Params
 
 HUB_IDS = {name: f"openai-community/{name}" for name in SIZES}
@@ -69,7 +69,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     if source in SIZES:
         if source == "gpt2" and revision is None and DEFAULT_WEIGHTS.is_file():
             return DEFAULT_WEIGHTS
-        return _download(HUB_IDS[str(source)], revision)
+        return hub.download(HUB_IDS[str(source)], revision)
     path = Path(source)
     if revision is not None:
         raise UserError(f"revision={revision!r} is for models from the hub; {source} is local")
@@ -127,50 +127,3 @@ def _config_by_shapes(state: Mapping[str, np.ndarray], source: Path) -> GPT2Conf
 def _sizes(config: GPT2Config) -> str:
     names = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     return " ".join(f"{name}={getattr(config, name)}" for name in names)
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    """Brings config and safetensors into the hub's cache; returns their directory."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-    from huggingface_hub.utils import logging
-
-    def fetch(name: str) -> Path:
-        return Path(hf_hub_download(repo_id, name, revision=revision))
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its retries, of some 20 seconds, are told in one error below
-    try:
-        directory = fetch("config.json").parent
-        try:
-            fetch(weight_files.SAFETENSORS)
-        except EntryNotFoundError:
-            # Large models come in shards. Offline, an absent file is one the cache doesn't have.
-            for name in weight_files.shard_names(fetch(weight_files.SAFETENSORS_INDEX)):
-                fetch(name)
-    except RevisionNotFoundError:
-        raise UserError(
-            f"{repo_id} has no revision {revision!r}; see its page on the hub"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(f"the hub has no model {repo_id}, or HF_TOKEN may not see it") from None
-    except EntryNotFoundError as error:
-        raise UserError(
-            f"{repo_id} is not in the cache and the hub cannot be reached or lacks a file "
-            f"({str(error).split(chr(10))[0]}); connect, set HF_ENDPOINT, or give a local copy"
-        ) from None
-    except UserError:
-        raise
-    except Exception as error:
-        # The hub's client passes on whatever its transport raises.
-        raise UserError(
-            f"{repo_id} cannot be downloaded ({str(error).split(chr(10))[0]}); "
-            f"connect, set HF_ENDPOINT, or give a local copy"
-        ) from None
-    finally:
-        logging.set_verbosity(verbosity)
-    return directory
