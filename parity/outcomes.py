@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,13 +54,32 @@ Prove = Callable[..., None]
 
 
 def bounded(
-    name: str, theirs: np.ndarray, ours: np.ndarray, bound: float, dtype: str = "float32"
+    name: str, theirs: ArrayLike, ours: ArrayLike, bound: float, dtype: str = "float32"
 ) -> Check:
     """Compares two arrays by their largest absolute difference."""
+    theirs, ours = np.asarray(theirs), np.asarray(ours)
     if theirs.shape != ours.shape:
         detail = f"shape {ours.shape} in JAX, not {theirs.shape}"
         return Check(name, math.inf, bound, ours.shape, dtype, details=(detail,))
     return Check(name, float(np.abs(ours - theirs).max()), bound, ours.shape, dtype)
+
+
+def bounded_each(
+    name: str,
+    differences: Mapping[str, float],
+    arrays: Mapping[str, np.ndarray],
+    bound: float,
+    dtype: str = "float32",
+) -> Check:
+    """One check for differences of many things by name: the worst of them, and each too large."""
+    worst = max(differences, key=lambda one: np.nan_to_num(differences[one], nan=np.inf))
+    details = tuple(
+        f"{one} differs by {difference:.1e}"
+        for one, difference in differences.items()
+        if not difference <= bound
+    )
+    shape = arrays[worst].shape
+    return Check(name, differences[worst], bound, shape, dtype, where=worst, details=details)
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
