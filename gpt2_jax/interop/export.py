@@ -1,0 +1,103 @@
+"""Writes a model as Hugging Face's `save_pretrained` would, for every tool that reads that."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.errors import UserError
+from gpt2_jax.files import directory_written_beside, write_text
+from gpt2_jax.interop import model_directory, weight_files
+from gpt2_jax.interop.huggingface import config_to_json, state_dict_from_params
+from gpt2_jax.model import Params
+
+Dtype = Literal["float32", "bfloat16"]
+
+_PIPELINE_TOKENS = 256
+
+_NO_FILES: Mapping[str, bytes] = MappingProxyType({})
+
+
+def export_model(
+    directory: Path,
+    params: Params,
+    config: GPT2Config,
+    *,
+    dtype: Dtype = "float32",
+    tokenizer: Mapping[str, bytes] = _NO_FILES,
+    overwrite: bool = False,
+) -> None:
+    """Makes a directory that `transformers.AutoModelForCausalLM.from_pretrained` opens.
+
+    It appears whole, or what was there stays.
+
+    Args:
+      directory: may exist if it is empty, or holds a model and `overwrite` is set.
+      params: float32; rows that pad the vocabulary are left out.
+      config: of the model.
+      dtype: of the weights in the file; bfloat16 rounds to the nearest, ties to even.
+      tokenizer: its files' contents by name, as `tokenizer_files` makes them.
+      overwrite: whether a model that is there is replaced.
+
+    Raises:
+      UserError: if the directory holds anything else, or cannot be written.
+    """
+    model_directory.check_output(directory, overwrite)
+    try:
+        with directory_written_beside(directory.resolve()) as scratch:
+            write_model_files(scratch, params, config, dtype=dtype)
+            for name, contents in tokenizer.items():
+                (scratch / name).write_bytes(contents)
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk in its own way
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot write {directory}: {reason}; make room or give another --output"
+        ) from None
+
+
+def write_model_files(
+    directory: Path, params: Params, config: GPT2Config, *, dtype: Dtype = "float32"
+) -> None:
+    """Writes config.json, generation_config.json and model.safetensors into a directory.
+
+    A tied head is the embedding and is not stored a second time.
+
+    Raises:
+      OSError: if a file cannot be written.
+      SafetensorError: if the weights cannot.
+    """
+    numpy_dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    state = state_dict_from_params(params, config)
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    # safetensors writes an array's memory as it lies there, strides or not.
+    state = {name: np.ascontiguousarray(array, numpy_dtype) for name, array in state.items()}
+    save_file(state, directory / weight_files.SAFETENSORS, metadata={"format": "pt"})
+    fields = {**config_to_json(config), "dtype": dtype, "torch_dtype": dtype}
+    _write_json(directory / model_directory.CONFIG, fields)
+    _write_json(directory / model_directory.GENERATION_CONFIG, _generation_fields(config))
+
+
+def _generation_fields(config: GPT2Config) -> dict[str, Any]:
+    """What `generate` does unasked.
+
+    A pipeline asks for 256 new tokens and crashes where fewer fit, unless there is a `max_length`.
+    Where there is room for them it is left out: then a call that gives its own number of new
+    tokens is warned of two limits.
+    """
+    ends = ("bos_token_id", "eos_token_id", "pad_token_id")
+    fields: dict[str, Any] = dict.fromkeys(ends, config.eos_token_id)
+    if config.n_positions <= 2 * _PIPELINE_TOKENS:
+        fields["max_length"] = config.n_positions
+    return fields
+
+
+def _write_json(file: Path, fields: Mapping[str, Any]) -> None:
+    write_text(file, json.dumps(fields, indent=2) + "\n")
