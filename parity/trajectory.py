@@ -1,0 +1,228 @@
+"""The same training run in JAX and in PyTorch: same weights, data, schedule; step by step."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+from gpt2_jax import tokenizer
+from gpt2_jax.data.batches import Windows, training_batches
+from gpt2_jax.data.dataset import PYTHON_DOCUMENTATION, open_dataset
+from gpt2_jax.data.text import python_documentation
+from gpt2_jax.files import written_beside
+from gpt2_jax.model import GPT2
+from gpt2_jax.training.engine import make_engine
+from gpt2_jax.training.mesh import make_layout
+from gpt2_jax.training.settings import (
+    DataSettings,
+    MeshSettings,
+    OptimizerSettings,
+    TrainSettings,
+)
+from gpt2_jax.training.step import TrainState, train_step
+from parity.adamw import TorchAdamW, check_parameters
+from parity.gradients import Gradients, named, without_dropout
+from parity.models import Models
+from parity.outcomes import Check
+from parity.reference import ReferenceGPT2
+
+LOSS_BOUND = 1e-3
+"""Largest difference of the two losses at any step. Both losses are of order 10, and training
+amplifies rounding: a parameter whose gradient is noise moves by its sign."""
+STEP_BOUND = 1e-6
+"""Largest difference of a parameter after one step of training, each with its own gradient."""
+
+Batches = Callable[[int], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One training run."""
+
+    losses: list[float]
+    """mean loss of each batch before its step, nats per token"""
+    parameters: Gradients
+    """after the last step, by Hugging Face's names"""
+
+
+def run_settings(
+    models: Models,
+    steps: int,
+    dtype: str = "float32",
+    optimizer: OptimizerSettings | None = None,
+) -> TrainSettings:
+    """A short run with everything on: four passes a batch, clipping, decay, warm-up and cosine."""
+    config = without_dropout(models.config)
+    length = min(64, config.n_positions)
+    return TrainSettings(
+        run_dir="nowhere",  # it is not run by the loop, which would write there
+        steps=steps,
+        model=config,
+        data=DataSettings(PYTHON_DOCUMENTATION, length, batch_size=4, micro_batch_size=1),
+        mesh=MeshSettings(data=1),
+        optimizer=optimizer or OptimizerSettings(warmup_steps=max(1, steps // 10)),
+        dtype=dtype,  # type: ignore[arg-type]
+    )
+
+
+def batches_of(settings: TrainSettings) -> Batches:
+    """int32 [B, T + 1] by step, of Python's documentation.
+
+    A vocabulary smaller than GPT-2's gets its bytes, modulo the vocabulary if need be.
+    """
+    data, vocab_size = settings.data, settings.model.vocab_size
+    if vocab_size >= tokenizer.VOCAB_SIZE:
+        windows, _ = open_dataset(data.path, data.sequence_length, vocab_size)
+    else:
+        text = "\n".join(python_documentation()).encode()
+        tokens = np.frombuffer(text, np.uint8).astype(np.int32) % vocab_size
+        windows = Windows([tokens], data.sequence_length)
+    return training_batches(windows, data.batch_size, settings.seed)
+
+
+def train_in_jax(models: Models, settings: TrainSettings, batches: Batches) -> Curve:
+    """Trains by the very functions of `scripts/train.py`."""
+    layout = make_layout(settings)
+    engine = make_engine(settings, layout)
+    key = jax.random.key(settings.seed)
+    state = engine.first_state(key, jax.device_get(models.params))
+    losses = []
+    for step in range(settings.steps):
+        tokens_NBT = batches(step).reshape(layout.passes, layout.rows, -1)
+        state, metrics = engine.step(state, jnp.asarray(tokens_NBT), key)
+        losses.append(float(metrics.loss))
+    return Curve(losses, named(jax.device_get(state.params), models.config))
+
+
+def train_in_torch(models: Models, settings: TrainSettings, batches: Batches) -> Curve:
+    """Trains the reference as build-nanogpt does."""
+    model = _copy_of(models)
+    optimizer = TorchAdamW(model, settings.optimizer, settings.steps)
+    passes = settings.data.batch_size // settings.data.micro_batch_size
+    losses = []
+    for step in range(settings.steps):
+        total = 0.0
+        for part in torch.from_numpy(batches(step).astype(np.int64)).chunk(passes):
+            loss = model.loss(part[:, :-1], part[:, 1:]) / passes
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        optimizer.step()
+    return Curve(losses, _parameters_of(model))
+
+
+def check_trajectory(
+    ours: Curve, theirs: Curve, *, name: str = "training", dtype: str = "float32"
+) -> list[Check]:
+    """The two runs' losses at every step; after a single step, their parameters too."""
+    differences = np.abs(np.subtract(ours.losses, theirs.losses))
+    worst = int(np.argmax(np.nan_to_num(differences, nan=np.inf)))
+    steps = len(theirs.losses)
+    largest = float(differences[worst])
+    first = next((i for i, d in enumerate(differences) if not d <= LOSS_BOUND), None)
+    details = () if first is None else (
+        f"the losses part at step {first}: {ours.losses[first]:.6f} in JAX, "
+        f"{theirs.losses[first]:.6f} in PyTorch",
+    )  # fmt: skip
+    where = f"step {worst}"
+    check = Check(
+        f"{name}: {steps} losses",
+        largest,
+        LOSS_BOUND,
+        (steps,),
+        dtype,
+        where=where,
+        details=details,
+    )
+    if steps > 1:
+        return [check]
+    parameters = check_parameters(
+        f"{name}: parameters after 1 step", theirs.parameters, ours.parameters, STEP_BOUND
+    )
+    return [check, parameters]
+
+
+def llm_c_curves(
+    models: Models, tokens: np.ndarray, batch: int = 4, steps: int = 10
+) -> tuple[Curve, Curve]:
+    """llm.c's test_gpt2 in JAX and in PyTorch: the same batch over and over.
+
+    AdamW at 1e-4 with betas 0.9 and 0.999, weight decay 0.01 on every parameter, no clipping.
+
+    Args:
+      models: the weights to begin with.
+      tokens: batch * T + 1 tokens of a text, in order.
+      batch: sequences.
+      steps: of the optimizer.
+    """
+    config = without_dropout(models.config)
+    inputs_BT = tokens[:-1].reshape(batch, -1).astype(np.int64)
+    targets_BT = tokens[1:].reshape(batch, -1).astype(np.int64)
+    # Windows overlap by one token: together they are the inputs and the targets.
+    windows_BT = np.concatenate([inputs_BT, targets_BT[:, -1:]], axis=1)
+
+    adamw = optax.adamw(1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
+    step = jax.jit(
+        functools.partial(train_step, model=GPT2(config), optimizer=adamw), donate_argnums=0
+    )
+    params = jax.tree.map(jnp.array, models.params)  # a copy: the state is donated
+    state = TrainState(jnp.zeros((), jnp.int32), params, adamw.init(params))
+    ours = Curve([], {})
+    for _ in range(steps):
+        state, metrics = step(state, jnp.asarray(windows_BT[None], jnp.int32), jax.random.key(0))
+        ours.losses.append(float(metrics.loss))
+
+    model = _copy_of(models)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
+    )
+    theirs = Curve([], {})
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model.loss(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT))
+        loss.backward()
+        theirs.losses.append(loss.item())
+        optimizer.step()
+    return (
+        dataclasses.replace(ours, parameters=named(state.params, models.config)),
+        dataclasses.replace(theirs, parameters=_parameters_of(model)),
+    )
+
+
+def plot_trajectory(ours: Curve, theirs: Curve, path: Path, title: str) -> None:
+    """Draws both losses over the steps, and their difference below, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, difference = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    losses.plot(theirs.losses, label="PyTorch", linewidth=4, alpha=0.4)
+    losses.plot(ours.losses, label="JAX", linewidth=1)
+    losses.set(ylabel="loss, nats per token", title=title)
+    losses.legend()
+    differences = np.abs(np.subtract(ours.losses, theirs.losses))
+    # An exact zero has no place on a logarithmic axis.
+    difference.semilogy(np.where(differences > 0, differences, np.nan), ".", color="tab:red")
+    difference.axhline(LOSS_BOUND, color="gray", linestyle="--", label="allowed")
+    difference.set(xlabel="step", ylabel="difference")
+    difference.legend()
+    for axes in (losses, difference):
+        axes.grid(alpha=0.3)
+    with written_beside(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
+
+
+def _copy_of(models: Models) -> ReferenceGPT2:
+    """The reference, to be trained; without dropout."""
+    model = ReferenceGPT2(without_dropout(models.config))
+    model.load_state_dict(models.reference.state_dict())
+    return model
+
+
+def _parameters_of(model: ReferenceGPT2) -> Gradients:
+    return {name: p.detach().numpy() for name, p in model.named_parameters()}
