@@ -1,5 +1,6 @@
 """The optimizer of `gpt2_jax/training/optimizer.py` in plain PyTorch, and the two compared."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ from parity.reference import ReferenceGPT2
 
 PARAMETER_BOUND = 1e-6
 """Largest absolute difference of a parameter after a step from the same gradient."""
+RATE_BOUND = 1e-6
+"""Largest difference of the learning rate, as a share of its peak."""
 MOMENT_BOUND = 1e-5
 """Largest relative error of a parameter's moment, and of the norm before clipping: PyTorch scales
 by norm + 1e-6, Optax by norm."""
@@ -79,6 +82,9 @@ def check_optimizer(
 ) -> list[Check]:
     """Steps of both optimizers from the same gradients, and all of their state, compared.
 
+    Each gets the same gradients since AdamW's first step is by their sign: where one is but
+    rounding, two runs of one program would differ as well.
+
     Args:
       models: whose parameters are stepped; they themselves stay as they are.
       gradients: one for each step, by Hugging Face's names.
@@ -99,29 +105,32 @@ def check_optimizer(
     update = jax.jit(adamw.update)
     checks = []
     for index, gradient in enumerate(gradients):
-        label = f"optimizer step {index + 1}"
-        rate = theirs.learning_rate()
+        label = f"AdamW, {'first step' if index == 0 else 'later steps'}"
+        rate, peak = theirs.learning_rate(), settings.learning_rate
         for name, parameter in theirs.parameters.items():
             parameter.grad = torch.tensor(gradient[name])
         norm = theirs.step()
         tree = huggingface.params_from_state_dict(gradient, config, "the gradients")
         updates, state = update(tree, state, params)
         params = optax.apply_updates(params, updates)
-        after = {name: p.detach().numpy() for name, p in theirs.parameters.items()}
-        checks += [
+        found = {
             # The schedule is computed in float32.
-            bounded(
-                f"{label}: learning rate", rate, schedule(index), 1e-6 * settings.learning_rate
+            "learning rate": bounded("", rate / peak, schedule(index) / peak, RATE_BOUND),
+            "gradient norm": bounded(
+                "", norm / (norm or 1), optax.tree.norm(tree) / (norm or 1), MOMENT_BOUND
             ),
-            bounded(f"{label}: gradient norm", norm, optax.tree.norm(tree), MOMENT_BOUND * norm),
-            *(
-                _check_moment(f"{label}: {moment}", theirs.moment(moment), named(found, config))
-                for moment, found in (
-                    ("exp_avg", optax.tree.get(state, "mu")),
-                    ("exp_avg_sq", optax.tree.get(state, "nu")),
-                )
-            ),
-            check_parameters(f"{label}: parameters", after, named(params, config), PARAMETER_BOUND),
+            "exp_avg": _moment(theirs, "exp_avg", named(optax.tree.get(state, "mu"), config)),
+            "exp_avg_sq": _moment(theirs, "exp_avg_sq", named(optax.tree.get(state, "nu"), config)),
+            "parameters": _parameters(theirs, named(params, config)),
+        }
+        checks += [
+            dataclasses.replace(
+                check,
+                name=f"{label}: {name}",
+                where=f"step {index + 1} {check.where}".strip(),
+                details=tuple(f"after step {index + 1}, {detail}" for detail in check.details),
+            )
+            for name, check in found.items()
         ]
     return checks
 
@@ -138,12 +147,14 @@ def random_gradients(models: Models, count: int, norm: float = 3.0) -> list[Grad
     ]
 
 
-def _check_moment(name: str, theirs: Gradients, found: Gradients) -> Check:
-    errors = {weight: relative_error(found[weight], theirs[weight]) for weight in theirs}
+def _moment(theirs: TorchAdamW, name: str, found: Gradients) -> Check:
+    errors = {w: relative_error(found[w], array) for w, array in theirs.moment(name).items()}
     return bounded_each(name, errors, found, MOMENT_BOUND)
 
 
-def check_parameters(name: str, theirs: Gradients, found: Gradients, bound: float) -> Check:
-    """Compares two sets of parameters by their largest absolute difference."""
-    errors = {weight: float(np.abs(found[weight] - theirs[weight]).max()) for weight in theirs}
-    return bounded_each(name, errors, found, bound)
+def _parameters(theirs: TorchAdamW, found: Gradients) -> Check:
+    errors = {
+        name: float(np.abs(found[name] - parameter.detach().numpy()).max())
+        for name, parameter in theirs.parameters.items()
+    }
+    return bounded_each("parameters", errors, found, PARAMETER_BOUND)

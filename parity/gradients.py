@@ -41,7 +41,8 @@ def check_gradients(
         "reference": torch_gradients(models.reference, tokens_BT),
     }
     errors = {
-        model: {weight: relative_error(ours[weight], grads[weight]) for weight in ours}
+        # Nearest to the loss first, since from there a fault spreads.
+        model: {weight: relative_error(ours[weight], grads[weight]) for weight in reversed(grads)}
         for model, grads in theirs.items()
     }
     bound = FLOOR[name]

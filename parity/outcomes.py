@@ -103,9 +103,13 @@ def table_of(checks: Iterable[Check], title: str) -> "Table":
     """The checks as a rich table, one row each."""
     from rich.table import Table
 
-    table = Table("check", "shape", "dtype", "measured", "allowed", "result", title=title)
+    table = Table(title=title)
+    for column in ("check", "shape", "dtype", "measured", "where", "allowed", "result"):
+        table.add_column(column, overflow="fold")
     for check in checks:
         shape = "x".join(map(str, check.shape))
         result = "ok" if check.passed else "DIFFERS"
-        table.add_row(check.name, shape, check.dtype, check.figure, check.allowed, result)
+        table.add_row(
+            check.name, shape, check.dtype, check.figure, check.where, check.allowed, result
+        )
     return table

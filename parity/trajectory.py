@@ -26,17 +26,16 @@ from gpt2_jax.training.settings import (
     TrainSettings,
 )
 from gpt2_jax.training.step import TrainState, train_step
-from parity.adamw import TorchAdamW, check_parameters
+from parity.adamw import TorchAdamW
 from parity.gradients import Gradients, named, without_dropout
 from parity.models import Models
 from parity.outcomes import Check
 from parity.reference import ReferenceGPT2
 
-LOSS_BOUND = 1e-3
-"""Largest difference of the two losses at any step. Both losses are of order 10, and training
-amplifies rounding: a parameter whose gradient is noise moves by its sign."""
-STEP_BOUND = 1e-6
-"""Largest difference of a parameter after one step of training, each with its own gradient."""
+LOSS_BOUND = {"float32": 1e-3, "bfloat16": 5e-3}
+"""Largest difference of the two losses at any step, by what JAX computes in; PyTorch computes in
+float32. Losses are of order 10, and training amplifies rounding: where a gradient is nothing but
+rounding, AdamW's first steps go by its sign."""
 
 Batches = Callable[[int], np.ndarray]
 
@@ -119,33 +118,19 @@ def train_in_torch(models: Models, settings: TrainSettings, batches: Batches) ->
 
 def check_trajectory(
     ours: Curve, theirs: Curve, *, name: str = "training", dtype: str = "float32"
-) -> list[Check]:
-    """The two runs' losses at every step; after a single step, their parameters too."""
+) -> Check:
+    """The two runs' losses at every step."""
     differences = np.abs(np.subtract(ours.losses, theirs.losses))
     worst = int(np.argmax(np.nan_to_num(differences, nan=np.inf)))
-    steps = len(theirs.losses)
+    steps, bound = len(theirs.losses), LOSS_BOUND[dtype]
     largest = float(differences[worst])
-    first = next((i for i, d in enumerate(differences) if not d <= LOSS_BOUND), None)
+    first = next((i for i, d in enumerate(differences) if not d <= bound), None)
     details = () if first is None else (
         f"the losses part at step {first}: {ours.losses[first]:.6f} in JAX, "
         f"{theirs.losses[first]:.6f} in PyTorch",
     )  # fmt: skip
-    where = f"step {worst}"
-    check = Check(
-        f"{name}: {steps} losses",
-        largest,
-        LOSS_BOUND,
-        (steps,),
-        dtype,
-        where=where,
-        details=details,
-    )
-    if steps > 1:
-        return [check]
-    parameters = check_parameters(
-        f"{name}: parameters after 1 step", theirs.parameters, ours.parameters, STEP_BOUND
-    )
-    return [check, parameters]
+    label, where = f"{name}: {steps} losses", f"step {worst}"
+    return Check(label, largest, bound, (steps,), dtype, where=where, details=details)
 
 
 def llm_c_curves(
@@ -203,12 +188,15 @@ def plot_trajectory(ours: Curve, theirs: Curve, path: Path, title: str) -> None:
     losses, difference = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     losses.plot(theirs.losses, label="PyTorch", linewidth=4, alpha=0.4)
     losses.plot(ours.losses, label="JAX", linewidth=1)
-    losses.set(ylabel="loss, nats per token", title=title)
+    losses.set(ylabel="loss, nats per token")
+    losses.set_title(title, parse_math=False)
     losses.legend()
     differences = np.abs(np.subtract(ours.losses, theirs.losses))
+    bound = LOSS_BOUND["float32"]
+    difference.set(yscale="log", ylim=(1e-8, 3 * max(bound, differences.max())))
     # An exact zero has no place on a logarithmic axis.
-    difference.semilogy(np.where(differences > 0, differences, np.nan), ".", color="tab:red")
-    difference.axhline(LOSS_BOUND, color="gray", linestyle="--", label="allowed")
+    difference.plot(np.where(differences > 0, differences, np.nan), ".", color="tab:red")
+    difference.axhline(bound, color="gray", linestyle="--", label="allowed")
     difference.set(xlabel="step", ylabel="difference")
     difference.legend()
     for axes in (losses, difference):
