@@ -66,6 +66,14 @@ def pretrained_models(
     return _models(theirs, params, config)
 
 
+def trained_models(params: Params, config: GPT2Config) -> Models:
+    """Gives the weights of a model trained here to the PyTorch models."""
+    theirs = transformers.GPT2LMHeadModel(huggingface_config(config))
+    state = huggingface.state_dict_from_params(params, config)
+    theirs.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+    return _models(theirs, params, config)
+
+
 def huggingface_config(config: GPT2Config) -> transformers.GPT2Config:
     """The configuration as transformers has it."""
     fields = huggingface.config_to_json(config)

@@ -16,6 +16,7 @@ from gpt2_jax.model import GPT2, Params, apply
 from gpt2_jax.packed import PackedMatrix, Precision, pack
 from gpt2_jax.packed_words import PackedWords, unpack
 from parity.models import Models, pretrained_models, random_tokens
+from parity.outcomes import Check, Prove, relative_error
 
 
 def rounded(params: Params, packed: dict[str, Any]) -> Params:
@@ -49,7 +50,7 @@ def weights(matrix: PackedMatrix | PackedWords, inputs: int) -> np.ndarray:
 )
 @pytest.mark.parametrize("rows", [1, 2])
 def test_logits_are_those_of_the_rounded_weights_at_124m(
-    gpt2_124m: Models, rows: int, precision: Precision, bound: float
+    gpt2_124m: Models, rows: int, precision: Precision, bound: float, prove: Prove
 ) -> None:
     tokens_BT = random_tokens(gpt2_124m.config, (2, 17), seed=3)
     packed = pack(gpt2_124m.params, precision, rows=rows)
@@ -63,13 +64,10 @@ def test_logits_are_those_of_the_rounded_weights_at_124m(
         theirs_BTV = theirs(torch.from_numpy(tokens_BT)).logits.numpy()
         exact_BTV = gpt2_124m.huggingface(torch.from_numpy(tokens_BT)).logits.numpy()
 
-    def distance(logits_BTV: np.ndarray, expected_BTV: np.ndarray) -> float:
-        difference_BTV = np.asarray(logits_BTV) - expected_BTV
-        return float(np.linalg.norm(difference_BTV) / np.linalg.norm(expected_BTV))
-
-    error = distance(ours_BTV, theirs_BTV)
-    assert error < bound
-    assert error < distance(theirs_BTV, exact_BTV)
+    error = relative_error(np.asarray(ours_BTV), theirs_BTV)
+    shape = ours_BTV.shape
+    prove(Check("logits of packed weights, JAX - Hugging Face", error, bound, shape, precision))
+    assert error < relative_error(theirs_BTV, exact_BTV)
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16", "int8"])

@@ -3,16 +3,15 @@
 import copy
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import GPT2, apply
 from parity.checks import check_logits, check_loss, jax_logits, torch_logits
 from parity.models import Models, random_models, random_tokens
-from parity.outcomes import Prove
+from parity.outcomes import Check, Prove, relative_error
+from parity.rounding import to_numpy
 
 SMALL = GPT2Config(
     vocab_size=131, n_positions=40, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1
@@ -37,8 +36,9 @@ def test_logits_at_124m(gpt2_124m: Models, prove: Prove) -> None:
     prove(*check_logits(gpt2_124m, random_tokens(gpt2_124m.config, (1, 1024))))
 
 
-def test_loss_at_124m(gpt2_124m: Models, prove: Prove) -> None:
-    prove(*check_loss(gpt2_124m, random_tokens(gpt2_124m.config, (2, 129), seed=1)))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loss_at_124m(gpt2_124m: Models, dtype: str, prove: Prove) -> None:
+    prove(*check_loss(gpt2_124m, random_tokens(gpt2_124m.config, (2, 129), seed=1), dtype))
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
@@ -60,16 +60,16 @@ def test_reference_is_hugging_faces_twin(small: Models) -> None:
     np.testing.assert_allclose(logits["reference"], logits["Hugging Face"], rtol=0, atol=1e-5)
 
 
-def test_bfloat16_compute_stays_near_float32(small: Models) -> None:
+def test_bfloat16_is_nearer_to_float32_than_pytorchs(small: Models, prove: Prove) -> None:
     tokens_BT = random_tokens(small.config, (2, 48))
-    exact = jax_logits(small, tokens_BT)
-    model = GPT2(small.config, dtype=jnp.bfloat16)
-    rounded = apply(model, small.params, jnp.asarray(tokens_BT))
-    bfloat16 = copy.deepcopy(small.huggingface).bfloat16()
-    theirs = bfloat16(torch.from_numpy(tokens_BT)).logits
-    # bfloat16 keeps 8 bits: we may be as far from float32 as PyTorch's own bfloat16 is.
-    allowed = np.abs(theirs.float().detach().numpy() - exact).mean()
-    assert np.abs(np.asarray(rounded) - exact).mean() <= allowed
+    exact_BTV = torch_logits(small, tokens_BT)["Hugging Face"]
+    narrow = copy.deepcopy(small.huggingface).bfloat16()
+    with torch.no_grad():
+        theirs_BTV = to_numpy(narrow(torch.from_numpy(tokens_BT)).logits)
+    ours_BTV = jax_logits(small, tokens_BT, "bfloat16")
+    ours, theirs = (relative_error(logits, exact_BTV) for logits in (ours_BTV, theirs_BTV))
+    shape, name = ours_BTV.shape, "logits, JAX - float32, as a share of PyTorch's own"
+    prove(Check(name, ours / theirs, 1.0, shape, "bfloat16"))
 
 
 def test_padding_of_the_vocabulary_never_shows() -> None:

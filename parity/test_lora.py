@@ -12,6 +12,7 @@ from gpt2_jax.lora import TARGETS, LoraSettings, lora_shapes, merge
 from gpt2_jax.model import GPT2, apply
 from parity.checks import LOGITS_BOUND
 from parity.models import Models, random_tokens
+from parity.outcomes import Prove, bounded
 
 SETTINGS = LoraSettings(
     targets=TARGETS,
@@ -23,7 +24,7 @@ SETTINGS = LoraSettings(
 )
 
 
-def test_merged_logits_are_those_of_adapters_beside_the_layers(small: Models) -> None:
+def test_merged_logits_are_those_of_adapters_beside_the_layers(small: Models, prove: Prove) -> None:
     config = small.config
     rng = np.random.default_rng(4)
     lora = jax.tree.map(
@@ -54,5 +55,5 @@ def test_merged_logits_are_those_of_adapters_beside_the_layers(small: Models) ->
         )
     forward = jax.jit(functools.partial(apply, GPT2(config)))
     ours = forward(merge(small.params, lora, SETTINGS), jnp.asarray(tokens_BT, jnp.int32))
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=LOGITS_BOUND)
+    prove(bounded("logits with merged LoRA, JAX - Hugging Face", expected, ours, LOGITS_BOUND))
     assert np.abs(expected - plain).max() > 1

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from gpt2_jax.generation.sampling import Sampling, apply_rules, choose
+from parity.checks import compare_tokens
+from parity.outcomes import Check, Prove
 
 BOUND = 1e-6
 """Largest absolute difference of probabilities."""
@@ -113,7 +115,7 @@ def left_open(logits_BV: np.ndarray, tokens_BT: np.ndarray, sampling: Sampling) 
 
 @pytest.mark.parametrize("sampling", RULES, ids=str)
 @pytest.mark.parametrize("vocab_size", [3, 1000, 50257])
-def test_probabilities_after_the_rules(vocab_size: int, sampling: Sampling) -> None:
+def test_probabilities_after_the_rules(vocab_size: int, sampling: Sampling, prove: Prove) -> None:
     rng = np.random.default_rng(vocab_size)
     # As flat, as peaked and as far from zero as models make them.
     scales_B = np.array([0.01, 0.3, 1, 3, 3, 10, 30, 3])[:, None]
@@ -127,7 +129,8 @@ def test_probabilities_after_the_rules(vocab_size: int, sampling: Sampling) -> N
     difference_B = differences(
         ours(logits_BV, tokens_BT, sampling), theirs(logits_BV, tokens_BT, sampling)
     )
-    assert difference_B[decided_B].max() <= BOUND
+    largest = float(difference_B[decided_B].max())
+    prove(Check("sampling: probabilities", largest, BOUND, logits_BV.shape))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_of_equal_tokens_as_many_stay(vocab_size: int, p: float) -> None:
     np.testing.assert_array_equal(ours_BV, theirs_BV)
 
 
-def test_greedy_with_a_repetition_penalty() -> None:
+def test_greedy_with_a_repetition_penalty(prove: Prove) -> None:
     rng = np.random.default_rng(3)
     logits_BV = rng.normal(0, 1, (64, 30)).astype(np.float32)
     tokens_BT = random_tokens(rng, 64, 30)
@@ -181,7 +184,11 @@ def test_greedy_with_a_repetition_penalty() -> None:
         seen_BV=seen(logits_BV, tokens_BT),
     )
     theirs_B = theirs(logits_BV, tokens_BT, sampling).argmax(axis=1)
-    np.testing.assert_array_equal(tokens_B, theirs_B)
+    prove(
+        compare_tokens(
+            "sampling: greedy with a penalty", np.asarray(tokens_B).tolist(), theirs_B.tolist()
+        )
+    )
     assert (theirs_B != logits_BV.argmax(axis=1)).sum() > 5, "the penalty changes too little"
 
 

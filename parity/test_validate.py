@@ -4,10 +4,15 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.interop import huggingface
+from gpt2_jax.training.loop import train
+from gpt2_jax.training.settings import DataSettings, TrainSettings
+from parity import reference
 from parity.models import Models, pretrained_models
 
 SCRIPT = Path(__file__).parents[1] / "scripts/validate.py"
@@ -71,13 +76,80 @@ def test_a_changed_weight_exits_1_and_is_named(
     assert "DIFFERS" in out
 
 
+def test_layers_and_training_add_their_checks_table_and_files(
+    weights: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    page, plot = tmp_path / "report.html", tmp_path / "trajectory.png"
+    flags = ["--layers", "--report", str(page), "--training", "--steps", "3", "--plot", str(plot)]
+    code, out, _ = validate(capsys, "--source", str(weights), *flags)
+    assert code == 0, out
+    for row in (
+        "JAX's activations against Hugging Face",
+        "JAX's activations against reference",
+        *("embedding", "h_0", "h_2", "ln_f", "probabilities"),
+        *("activations, JAX - Hugging Face", "gradients, JAX - reference", "exp_avg_sq"),
+        "training: 3 losses",
+    ):
+        assert row in out
+    assert "DIFFERS" not in out
+    assert "h_2.residual" in page.read_text(encoding="utf-8")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_layers_name_the_first_place_that_differs(
+    weights: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    forward = reference.MLP.forward
+
+    def forward_wrongly(self: reference.MLP, x_BTD: torch.Tensor) -> torch.Tensor:
+        return 1.01 * forward(self, x_BTD)
+
+    monkeypatch.setattr(reference.MLP, "forward", forward_wrongly)
+    page = tmp_path / "report.html"
+    code, out, _ = validate(capsys, "--weights", str(weights), "--layers", "--report", str(page))
+    assert code == 1
+    assert "the first that is more than rounding (!!): h_0.residual" in out
+    assert "activations, JAX - reference: first at h_0.residual, by " in out
+    assert "activations, JAX - Hugging Face: " not in out
+    assert "h_0.residual" in page.read_text(encoding="utf-8")
+
+
+def test_a_run_is_a_source(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One with another vocabulary than GPT-2's, which gets random tokens for prompts."""
+    config = GPT2Config(
+        vocab_size=61, n_positions=12, n_embd=8, n_layer=1, n_head=2, eos_token_id=None
+    )
+    settings = TrainSettings(
+        run_dir=str(tmp_path / "run"),
+        steps=1,
+        model=config,
+        data=DataSettings(sequence_length=8, batch_size=2, micro_batch_size=2),
+    )
+    tokens_BT = np.arange(18, dtype=np.int32).reshape(2, 9)
+    train(settings, lambda _, rows: tokens_BT[rows], tokens_BT)
+    code, out, err = validate(capsys, "--source", settings.run_dir, "--layers")
+    assert code == 0, out
+    assert "a vocabulary of 61 is not GPT-2's" in err
+
+
+def test_a_prompt_too_short_is_told(weights: Path, capsys: pytest.CaptureFixture) -> None:
+    code, out, err = validate(capsys, "--weights", str(weights), "--prompt", "")
+    assert (code, out) == (2, "")
+    assert "shorter than 2 tokens" in err
+
+
 @pytest.mark.parametrize(
     ("flags", "rule"),
     [
         (["--model", "gpt3"], "the sizes are gpt2, gpt2-medium"),
         (["--weights", "nowhere.pt"], "nowhere.pt"),
         (["--random_init", "--weights", "x.pt"], "drop one"),
-        (["--random_init", "--prompt", ""], "shorter than 2 tokens"),
+        (["--random_init", "--source", "runs/demo"], "drop one"),
+        (["--source", "nowhere"], "nowhere"),
+        (["--random_init", "--report", "x.html"], "add --layers"),
+        (["--random_init", "--plot", "x.png"], "add --training"),
+        (["--random_init", "--layers", "--report", "no/such/x.html"], "a directory that exists"),
+        (["--random_init", "--training", "--steps", "0"], "at least 1"),
         (["--random_init", "--max_new_tokens", "0"], "at least 1"),
         (["--random_int"], "did you mean --random_init?"),
     ],
