@@ -5,6 +5,7 @@ An adapter can be merged into any of them.
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from gpt2_jax.config import SIZES, GPT2Config, config_for_size
 from gpt2_jax.errors import UserError
@@ -40,22 +41,46 @@ def load_source(
     """
     # The adapter is read first: the base can be long in coming.
     adapter = read_adapter(Path(lora)) if lora is not None else None
-    params, config = _load_base(source, model, weights, revision)
+    place = find_source(source, model=model, weights=weights, revision=revision)
+    if place.is_run:
+        params, config = _load_run(Path(place.name))
+    else:
+        params, config = load_pretrained(place.name, config=place.config, revision=revision)
     if adapter is not None:
         params = merge(params, *fit_adapter(adapter, config))
     return params, config
 
 
-def _load_base(
-    source: str, model: str | None, weights: str | None, revision: str | None
-) -> tuple[Params, GPT2Config]:
+class Place(NamedTuple):
+    """Where a model is."""
+
+    name: str | Path
+    """a run directory, or what `load_pretrained` takes"""
+    is_run: bool = False
+    """whether it is a run directory"""
+    config: GPT2Config | None = None
+    """the size that was asked for"""
+
+
+def find_source(
+    source: str,
+    *,
+    model: str | None = None,
+    weights: str | None = None,
+    revision: str | None = None,
+) -> Place:
+    """Where the model is that `load_source` loads for these arguments; nothing is read yet.
+
+    Raises:
+      UserError: if the arguments don't go together, or the source is no directory.
+    """
     if source in SIZES and model is None:
         source, model = PRETRAINED, source
     if source == PRETRAINED:
         config = config_for_size(model) if model is not None else None
         if weights is None:
-            return load_pretrained(model or "gpt2", revision=revision)
-        return load_pretrained(Path(weights), config=config, revision=revision)
+            return Place(model or "gpt2")
+        return Place(Path(weights), config=config)
     for name, value in (("model", model), ("weights", weights), ("revision", revision)):
         if value is not None:
             raise UserError(f"--{name} {value} goes with --source pretrained, not with {source}")
@@ -65,7 +90,7 @@ def _load_base(
             f"source {source!r} is no directory; give pretrained, {', '.join(SIZES)}, "
             f"a run directory or a Hugging Face directory"
         )
-    return _load_run(directory) if _is_run(directory) else load_pretrained(directory)
+    return Place(directory, is_run=_is_run(directory))
 
 
 def _is_run(directory: Path) -> bool:

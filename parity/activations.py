@@ -21,7 +21,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import GPT2, Params
 from parity.models import Models
 from parity.outcomes import Check, relative_error
-from parity.rounding import FACTOR, own_rounding, to_numpy
+from parity.rounding import allowed_errors, to_numpy
 
 Activations = dict[str, np.ndarray]
 
@@ -106,7 +106,12 @@ def check_activations(
     }
     allowed = dict.fromkeys(ours, FLOOR[name])
     if not all(error <= FLOOR[name] for found in errors.values() for error in found.values()):
-        allowed = _allowed(models, tokens_BT, name)
+        allowed = allowed_errors(
+            models.huggingface,
+            lambda model: torch_activations(model, models.config, tokens_BT),
+            name,
+            FLOOR[name],
+        )
     differences = {
         model: [
             Difference(
@@ -127,20 +132,6 @@ def check_activations(
 def first_difference(differences: list[Difference]) -> Difference | None:
     """The first place with more than rounding between the two."""
     return next((difference for difference in differences if not difference.passed), None)
-
-
-def _allowed(models: Models, tokens_BT: np.ndarray, dtype: str) -> dict[str, float]:
-    """The relative error that is allowed at each place: the floor, or what rounding explains."""
-    rounding = own_rounding(
-        models.huggingface,
-        lambda model: torch_activations(model, models.config, tokens_BT),
-        dtype,
-    )
-    allowed, reached = {}, 0.0
-    for place, error in rounding.items():
-        reached = max(reached, error)
-        allowed[place] = max(FLOOR[dtype], FACTOR[dtype] * reached)
-    return allowed
 
 
 def _check(name: str, differences: list[Difference], dtype: str) -> Check:

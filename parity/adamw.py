@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -54,7 +54,7 @@ class TorchAdamW:
         )
         if step < warmup:
             return peak * (step + 1) / warmup
-        progress = (step - warmup) / (self._steps - warmup)
+        progress = (step - warmup) / max(self._steps - warmup, 1)
         return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
 
     def step(self) -> float:
@@ -62,10 +62,7 @@ class TorchAdamW:
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate()
         parameters = list(self.parameters.values())
-        # clip_grad_norm_ adds up 38 million squares in float32; on a CPU, the norm it finds for an
-        # embedding's gradient is off by 0.3 %.
-        squares = [p.grad.double().square().sum() for p in parameters if p.grad is not None]
-        norm = torch.stack(squares).sum().sqrt()
+        norm = global_norm(parameters)
         torch.nn.utils.clip_grads_with_norm_(parameters, self._settings.clip_norm, norm)
         self.adamw.step()
         self.adamw.zero_grad()
@@ -75,6 +72,20 @@ class TorchAdamW:
     def moment(self, name: str) -> dict[str, np.ndarray]:
         """One of "exp_avg" and "exp_avg_sq", by parameter."""
         return {w: self.adamw.state[p][name].numpy() for w, p in self.parameters.items()}
+
+
+def global_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """Norm of all gradients together, float64.
+
+    PyTorch's own adds up squares in float32; of an embedding's 38 million gradients it finds, on a
+    CPU, a norm that is off by 0.3 %.
+    """
+    norms = [
+        torch.linalg.vector_norm(p.grad, dtype=torch.float64)
+        for p in parameters
+        if p.grad is not None
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def check_optimizer(
@@ -149,7 +160,7 @@ def random_gradients(models: Models, count: int, norm: float = 3.0) -> list[Grad
 
 def _moment(theirs: TorchAdamW, name: str, found: Gradients) -> Check:
     errors = {w: relative_error(found[w], array) for w, array in theirs.moment(name).items()}
-    return bounded_each(name, errors, found, MOMENT_BOUND)
+    return bounded_each(name, errors, found, dict.fromkeys(errors, MOMENT_BOUND))
 
 
 def _parameters(theirs: TorchAdamW, found: Gradients) -> Check:
@@ -157,4 +168,4 @@ def _parameters(theirs: TorchAdamW, found: Gradients) -> Check:
         name: float(np.abs(found[name] - parameter.detach().numpy()).max())
         for name, parameter in theirs.parameters.items()
     }
-    return bounded_each("parameters", errors, found, PARAMETER_BOUND)
+    return bounded_each("parameters", errors, found, dict.fromkeys(errors, PARAMETER_BOUND))

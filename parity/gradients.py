@@ -15,7 +15,7 @@ from gpt2_jax.model import GPT2, Params
 from gpt2_jax.training.step import batch_loss
 from parity.models import Models
 from parity.outcomes import Check, bounded_each, relative_error
-from parity.rounding import FACTOR, own_rounding, to_numpy
+from parity.rounding import allowed_errors, to_numpy
 
 FLOOR = {"float32": 1e-5, "bfloat16": 1e-2}
 """Relative error of a parameter's gradient that is always allowed, ||ours - theirs|| / ||theirs||,
@@ -45,14 +45,17 @@ def check_gradients(
         model: {weight: relative_error(ours[weight], grads[weight]) for weight in reversed(grads)}
         for model, grads in theirs.items()
     }
-    bound = FLOOR[name]
-    if not all(error <= bound for found in errors.values() for error in found.values()):
-        rounding = own_rounding(
-            models.huggingface, lambda model: torch_gradients(model, tokens_BT), name
+    allowed = dict.fromkeys(ours, FLOOR[name])
+    if not all(error <= FLOOR[name] for found in errors.values() for error in found.values()):
+        allowed = allowed_errors(
+            models.huggingface,
+            lambda model: torch_gradients(model, tokens_BT),
+            name,
+            FLOOR[name],
+            backwards=True,
         )
-        bound = max(bound, FACTOR[name] * max(rounding.values()))
     return [
-        bounded_each(f"gradients, JAX - {model}", found, ours, bound, name)
+        bounded_each(f"gradients, JAX - {model}", found, ours, allowed, name)
         for model, found in errors.items()
     ]
 

@@ -68,24 +68,41 @@ def bounded_each(
     name: str,
     differences: Mapping[str, float],
     arrays: Mapping[str, np.ndarray],
-    bound: float,
+    allowed: Mapping[str, float],
     dtype: str = "float32",
 ) -> Check:
-    """One check for differences of many things by name: the worst of them, and each too large."""
-    worst = max(differences, key=lambda one: np.nan_to_num(differences[one], nan=np.inf))
+    """One check for differences of many things: the worst for its bound, and each too large.
+
+    Args:
+      name: of the check.
+      differences: by the things' names.
+      arrays: the things, of which the worst one's shape is told.
+      allowed: the bound of each.
+      dtype: what they were computed in.
+    """
+
+    def share(one: str) -> float:
+        return float(np.nan_to_num(differences[one] / allowed[one], nan=np.inf))
+
+    worst = max(differences, key=share)
     details = tuple(
         f"{one} differs by {difference:.1e}"
         for one, difference in differences.items()
-        if not difference <= bound
+        if not difference <= allowed[one]
     )
     shape = arrays[worst].shape
-    return Check(name, differences[worst], bound, shape, dtype, where=worst, details=details)
+    return Check(
+        name, differences[worst], allowed[worst], shape, dtype, where=worst, details=details
+    )
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Norm of the difference over the norm of theirs: 0 where both are zero."""
+    """Norm of the difference over the norm of theirs: 0 where both are zero, else inf over 0."""
     difference = float(np.linalg.norm(ours.astype(np.float64) - theirs))
-    return difference / float(np.linalg.norm(theirs.astype(np.float64))) if difference else 0.0
+    norm = float(np.linalg.norm(theirs.astype(np.float64)))
+    if not difference:
+        return 0.0
+    return difference / norm if norm else math.inf
 
 
 def worst_of_each(checks: Iterable[Check]) -> list[Check]:

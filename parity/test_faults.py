@@ -9,17 +9,25 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.training import optimizer
+from gpt2_jax.training import optimizer, step
 from gpt2_jax.training.settings import OptimizerSettings
 from parity.activations import check_activations, first_difference
 from parity.adamw import check_optimizer, random_gradients
 from parity.checks import check_state_dict
 from parity.gradients import check_gradients
-from parity.models import Models, random_models, random_tokens
+from parity.models import Models, random_models, random_tokens, trained_models
+from parity.trajectory import (
+    batches_of,
+    check_trajectory,
+    run_settings,
+    train_in_jax,
+    train_in_torch,
+)
 
 CONFIG = GPT2Config(
     vocab_size=101,
@@ -161,6 +169,45 @@ def test_a_gradient_cut_off_is_found_nearest_to_the_loss(models: Models) -> None
         assert not check.passed
         assert check.details[0].startswith("transformer.h.1.ln_2.bias differs")
         assert not any("h.2." in detail or "c_fc" in detail for detail in check.details[:2])
+
+
+@pytest.mark.parametrize("place", ["h_0.ln_1", "h_2.ln_2", "ln_f"])
+def test_a_usual_eps_for_another_is_found(place: str) -> None:
+    """In small activations, where it outweighs the variance; in larger ones it has no effect."""
+    models = random_models(dataclasses.replace(CONFIG, initializer_range=1e-3), seed=9)
+    with planted(place, "__call__", with_attribute("epsilon", 1e-6)):
+        checks, _ = check_activations(models, random_tokens(CONFIG, (2, 20)))
+    assert all(check.details[0].startswith(f"first at {place}, ") for check in checks)
+
+
+def test_a_difference_from_nothing_is_found(models: Models) -> None:
+    """A branch that is zero in PyTorch has no norm to be relative to."""
+    params = jax.tree.map(lambda array: array, models.params)
+    params["h_1"]["mlp"]["c_proj"] = jax.tree.map(jnp.zeros_like, params["h_1"]["mlp"]["c_proj"])
+    silent = trained_models(params, CONFIG)
+    assert all(check.passed for check in check_activations(silent, np.ones((1, 3), int))[0])
+    bias_D = params["h_1"]["mlp"]["c_proj"]["bias"] + 1e-3
+    params["h_1"]["mlp"]["c_proj"]["bias"] = bias_D
+    checks, _ = check_activations(dataclasses.replace(silent, params=params), np.ones((1, 3), int))
+    assert all(check.details[0].startswith("first at h_1.mlp, ") for check in checks)
+
+
+def test_a_sum_of_gradients_for_their_mean_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping and AdamW undo it, so that losses and parameters are right."""
+    models = random_models(CONFIG, seed=7)
+    settings = run_settings(models, 3, optimizer=SETTINGS)
+    batches = batches_of(settings)
+    loss = step.batch_loss
+
+    def of_double_gradient(*args: Any, **kwargs: Any) -> jax.Array:
+        once = loss(*args, **kwargs)
+        return 2 * once - jax.lax.stop_gradient(once)
+
+    monkeypatch.setattr(step, "batch_loss", of_double_gradient)
+    ours = train_in_jax(models, settings, batches)
+    losses, norms = check_trajectory(ours, train_in_torch(models, settings, batches))
+    assert losses.passed
+    assert norms.details[0].startswith("they part at step 0: 2.0")
 
 
 def failures(models: Models, steps: int = 1) -> dict[str, tuple[str, ...]]:

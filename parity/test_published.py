@@ -74,7 +74,6 @@ def computed(nano_sort: Models, published: dict[str, np.ndarray]) -> dict[str, n
     params = nano_sort.params
     values["wte"] = np.asarray(params["wte"]["embedding"])[published["idx"].astype(int)]
     values["wpe"] = np.asarray(params["wpe"]["embedding"])[None]
-    values["h_0/middle"] = values["drop/__call__"] + values["h_0/attn/c_proj/__call__"]
     values["probabilities"] = np.asarray(jax.nn.softmax(values["__call__"], axis=-1))
     return values
 

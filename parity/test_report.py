@@ -315,7 +315,7 @@ def test_numbers_are_short(number: float, shown: str) -> None:
 
 
 def curves(ours: list[float], theirs: list[float]) -> dict[str, tuple[Curve, Curve]]:
-    return {"curves": (Curve(ours, {}), Curve(theirs, {}))}
+    return {"curves": (Curve(ours, [], {}), Curve(theirs, [], {}))}
 
 
 def test_training_is_shown_where_there_was_any() -> None:

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from numpy.typing import ArrayLike
 
 from gpt2_jax import tokenizer
 from gpt2_jax.data.batches import Windows, training_batches
 from gpt2_jax.data.dataset import PYTHON_DOCUMENTATION, open_dataset
 from gpt2_jax.data.text import python_documentation
+from gpt2_jax.errors import UserError
 from gpt2_jax.files import written_beside
 from gpt2_jax.model import GPT2
 from gpt2_jax.training.engine import make_engine
@@ -26,7 +28,7 @@ from gpt2_jax.training.settings import (
     TrainSettings,
 )
 from gpt2_jax.training.step import TrainState, train_step
-from parity.adamw import TorchAdamW
+from parity.adamw import TorchAdamW, global_norm
 from parity.gradients import Gradients, named, without_dropout
 from parity.models import Models
 from parity.outcomes import Check
@@ -34,8 +36,9 @@ from parity.reference import ReferenceGPT2
 
 LOSS_BOUND = {"float32": 1e-3, "bfloat16": 5e-3}
 """Largest difference of the two losses at any step, by what JAX computes in; PyTorch computes in
-float32. Losses are of order 10, and training amplifies rounding: where a gradient is nothing but
-rounding, AdamW's first steps go by its sign."""
+float32. Losses are of order 10."""
+NORM_BOUND = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Largest difference of the two gradients' norms before clipping, as a share of PyTorch's."""
 
 Batches = Callable[[int], np.ndarray]
 
@@ -46,6 +49,8 @@ class Curve:
 
     losses: list[float]
     """mean loss of each batch before its step, nats per token"""
+    norms: list[float]
+    """global norm of each gradient before clipping"""
     parameters: Gradients
     """after the last step, by Hugging Face's names"""
 
@@ -56,16 +61,22 @@ def run_settings(
     dtype: str = "float32",
     optimizer: OptimizerSettings | None = None,
 ) -> TrainSettings:
-    """A short run with everything on: four passes a batch, clipping, decay, warm-up and cosine."""
+    """A short run with everything on: passes, clipping, decay, warm-up and cosine.
+
+    The rate is llm.c's for batches this small.
+    """
     config = without_dropout(models.config)
     length = min(64, config.n_positions)
     return TrainSettings(
         run_dir="nowhere",  # it is not run by the loop, which would write there
         steps=steps,
         model=config,
-        data=DataSettings(PYTHON_DOCUMENTATION, length, batch_size=4, micro_batch_size=1),
+        data=DataSettings(PYTHON_DOCUMENTATION, length, batch_size=4, micro_batch_size=2),
         mesh=MeshSettings(data=1),
-        optimizer=optimizer or OptimizerSettings(warmup_steps=max(1, steps // 10)),
+        optimizer=optimizer
+        or OptimizerSettings(
+            learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=steps // 10
+        ),
         dtype=dtype,  # type: ignore[arg-type]
     )
 
@@ -91,12 +102,13 @@ def train_in_jax(models: Models, settings: TrainSettings, batches: Batches) -> C
     engine = make_engine(settings, layout)
     key = jax.random.key(settings.seed)
     state = engine.first_state(key, jax.device_get(models.params))
-    losses = []
+    losses, norms = [], []
     for step in range(settings.steps):
         tokens_NBT = batches(step).reshape(layout.passes, layout.rows, -1)
         state, metrics = engine.step(state, jnp.asarray(tokens_NBT), key)
         losses.append(float(metrics.loss))
-    return Curve(losses, named(jax.device_get(state.params), models.config))
+        norms.append(float(metrics.grad_norm))
+    return Curve(losses, norms, named(jax.device_get(state.params), models.config))
 
 
 def train_in_torch(models: Models, settings: TrainSettings, batches: Batches) -> Curve:
@@ -104,7 +116,7 @@ def train_in_torch(models: Models, settings: TrainSettings, batches: Batches) ->
     model = _copy_of(models)
     optimizer = TorchAdamW(model, settings.optimizer, settings.steps)
     passes = settings.data.batch_size // settings.data.micro_batch_size
-    losses = []
+    losses, norms = [], []
     for step in range(settings.steps):
         total = 0.0
         for part in torch.from_numpy(batches(step).astype(np.int64)).chunk(passes):
@@ -112,25 +124,37 @@ def train_in_torch(models: Models, settings: TrainSettings, batches: Batches) ->
             loss.backward()
             total += loss.item()
         losses.append(total)
-        optimizer.step()
-    return Curve(losses, _parameters_of(model))
+        norms.append(optimizer.step())
+    return Curve(losses, norms, _parameters_of(model))
 
 
 def check_trajectory(
     ours: Curve, theirs: Curve, *, name: str = "training", dtype: str = "float32"
-) -> Check:
-    """The two runs' losses at every step."""
-    differences = np.abs(np.subtract(ours.losses, theirs.losses))
+) -> list[Check]:
+    """Compares two runs at every step: JAX's in a dtype, PyTorch's in float32."""
+    return [
+        _compare(f"{name}: losses", ours.losses, theirs.losses, LOSS_BOUND[dtype], dtype),
+        # A loss does not tell a gradient from its double: clipping and AdamW undo any factor.
+        _compare(
+            f"{name}: gradient norms",
+            np.divide(ours.norms, theirs.norms),
+            np.ones(len(theirs.norms)),
+            NORM_BOUND[dtype],
+            dtype,
+        ),
+    ]
+
+
+def _compare(name: str, ours: ArrayLike, theirs: ArrayLike, bound: float, dtype: str) -> Check:
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    differences = np.abs(ours - theirs)
     worst = int(np.argmax(np.nan_to_num(differences, nan=np.inf)))
-    steps, bound = len(theirs.losses), LOSS_BOUND[dtype]
-    largest = float(differences[worst])
     first = next((i for i, d in enumerate(differences) if not d <= bound), None)
     details = () if first is None else (
-        f"the losses part at step {first}: {ours.losses[first]:.6f} in JAX, "
-        f"{theirs.losses[first]:.6f} in PyTorch",
+        f"they part at step {first}: {ours[first]:.6f} in JAX, {theirs[first]:.6f} in PyTorch",
     )  # fmt: skip
-    label, where = f"{name}: {steps} losses", f"step {worst}"
-    return Check(label, largest, bound, (steps,), dtype, where=where, details=details)
+    largest, where = float(differences[worst]), f"step {worst}"
+    return Check(name, largest, bound, ours.shape, dtype, where=where, details=details)
 
 
 def llm_c_curves(
@@ -158,21 +182,23 @@ def llm_c_curves(
     )
     params = jax.tree.map(jnp.array, models.params)  # a copy: the state is donated
     state = TrainState(jnp.zeros((), jnp.int32), params, adamw.init(params))
-    ours = Curve([], {})
+    ours = Curve([], [], {})
     for _ in range(steps):
         state, metrics = step(state, jnp.asarray(windows_BT[None], jnp.int32), jax.random.key(0))
         ours.losses.append(float(metrics.loss))
+        ours.norms.append(float(metrics.grad_norm))
 
     model = _copy_of(models)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
     )
-    theirs = Curve([], {})
+    theirs = Curve([], [], {})
     for _ in range(steps):
         optimizer.zero_grad()
         loss = model.loss(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT))
         loss.backward()
         theirs.losses.append(loss.item())
+        theirs.norms.append(float(global_norm(model.parameters())))
         optimizer.step()
     return (
         dataclasses.replace(ours, parameters=named(state.params, models.config)),
@@ -181,7 +207,11 @@ def llm_c_curves(
 
 
 def plot_trajectory(ours: Curve, theirs: Curve, path: Path, title: str) -> None:
-    """Draws both losses over the steps, and their difference below, as a PNG."""
+    """Draws both losses over the steps, and their difference below, as a PNG.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -201,8 +231,11 @@ def plot_trajectory(ours: Curve, theirs: Curve, path: Path, title: str) -> None:
     difference.legend()
     for axes in (losses, difference):
         axes.grid(alpha=0.3)
-    with written_beside(path) as scratch:
-        figure.savefig(scratch, format="png", dpi=120)
+    try:
+        with written_beside(path) as scratch:
+            figure.savefig(scratch, format="png", dpi=120)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another file") from None
 
 
 def _copy_of(models: Models) -> ReferenceGPT2:

@@ -10,6 +10,7 @@ from gpt2_jax import tokenizer
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.generation.decode import check_prompt
+from gpt2_jax.generation.text_stream import speaks_gpt2
 from parity import adamw, checks, trajectory
 from parity.activations import Difference, check_activations
 from parity.environment import environment
@@ -39,10 +40,12 @@ def make_prompts(read: str, continued: str, config: GPT2Config) -> tuple[Prompts
     Raises:
       UserError: if a text does not fit, or the first is shorter than 2 tokens.
     """
-    speaks = config.vocab_size >= tokenizer.VOCAB_SIZE
+    speaks = speaks_gpt2(config)
     if speaks:
         texts = [tokenizer.encode(text).tolist() for text in (read, continued)]
     else:
+        if config.n_positions < 2:
+            raise UserError("a context of a single token has no next one; nothing to compare")
         length = min(16, config.n_positions)
         texts = random_tokens(config, (2, length)).tolist()
         texts[1] = texts[1][: length // 2 or 1]
@@ -132,7 +135,7 @@ def _train(models: Models, steps: int) -> tuple[list[Check], tuple[Curve, Curve]
     """Gradients, optimizer and a whole run."""
     settings = trajectory.run_settings(models, steps)
     batches = trajectory.batches_of(settings)
-    gradients = [torch_gradients(models.reference, batches(step)) for step in range(2)]
+    gradients = [torch_gradients(models.reference, batches(step)) for step in range(min(2, steps))]
     curves = (
         trajectory.train_in_jax(models, settings, batches),
         trajectory.train_in_torch(models, settings, batches),
@@ -140,7 +143,7 @@ def _train(models: Models, steps: int) -> tuple[list[Check], tuple[Curve, Curve]
     found = [
         *check_gradients(models, batches(0)),
         *adamw.check_optimizer(models, gradients, settings.optimizer, steps),
-        trajectory.check_trajectory(*curves),
+        *trajectory.check_trajectory(*curves),
     ]
     return found, curves
 

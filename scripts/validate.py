@@ -1,6 +1,7 @@
 """Proves a GPT-2 equal in JAX and PyTorch: python scripts/validate.py --random_init --layers."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,6 +88,8 @@ def _check(flags: Flags) -> None:
     local = flags.source not in ("pretrained", *SIZES)
     if flags.random_init and (flags.weights or flags.revision or local):
         raise UserError("--random_init goes without --source, --weights and --revision; drop one")
+    if flags.random_init and flags.source in SIZES and flags.model is not None:
+        raise UserError(f"--model {flags.model} goes without --source {flags.source}; drop one")
     if flags.report is not None and not flags.layers:
         raise UserError("--report shows the layers; add --layers, or drop it")
     if flags.plot is not None and not flags.training:
@@ -94,34 +97,38 @@ def _check(flags: Flags) -> None:
     for name in ("max_new_tokens", "steps"):
         if getattr(flags, name) < 1:
             raise UserError(f"{name}={getattr(flags, name)} must be at least 1")
-    for name in ("report", "plot"):
-        path = getattr(flags, name)
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"cannot write {path}; give a file in a directory that exists")
+    for path in (flags.report, flags.plot):
+        # Told before minutes of work are lost.
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise UserError(f"cannot write {path}; give a file in a directory that can be written")
     if flags.model is not None:
         config_for_size(flags.model)
 
 
 def _load(flags: Flags) -> "Models":
-    from gpt2_jax.sources import load_source
+    from gpt2_jax.sources import find_source, load_source
     from parity.models import pretrained_models, random_models, trained_models
 
-    size = flags.source if flags.source in SIZES else flags.model
     if flags.random_init:
-        return random_models(config_for_size(size or "gpt2"))
-    if flags.source in ("pretrained", *SIZES):
-        config = config_for_size(size) if size and flags.weights else None
-        return pretrained_models(flags.weights or size or "gpt2", config, flags.revision)
-    if (Path(flags.source) / "checkpoints").is_dir():
+        return random_models(config_for_size(_size(flags)))
+    place = find_source(
+        flags.source, model=flags.model, weights=flags.weights, revision=flags.revision
+    )
+    if place.is_run:
         return trained_models(*load_source(flags.source))
-    return pretrained_models(Path(flags.source))
+    return pretrained_models(place.name, place.config, flags.revision)
+
+
+def _size(flags: Flags) -> str:
+    return flags.source if flags.source in SIZES else flags.model or "gpt2"
 
 
 def _title(flags: Flags) -> str:
-    size = flags.source if flags.source in SIZES else flags.model or "gpt2"
     if flags.random_init:
-        return f"{size}, random weights"
-    return flags.source if flags.source != "pretrained" else flags.weights or size
+        return f"{_size(flags)}, random weights"
+    if flags.source != "pretrained":
+        return flags.source
+    return flags.weights or _size(flags)
 
 
 def _print(found: "Validation") -> None:
