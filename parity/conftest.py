@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if name == PROVEN and report.when == "call"
     ]
     if checks:
-        console = Console(width=None if terminalreporter.isatty else 150)
+        console = Console(width=None if terminalreporter.isatty else 170)
         with console.capture() as capture:
             title = "JAX against PyTorch: the worst of each check"
             console.print(outcomes.table_of(outcomes.worst_of_each(checks), title))

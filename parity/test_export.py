@@ -22,6 +22,7 @@ from gpt2_jax import tokenizer
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation.decode import generate
 from gpt2_jax.interop.export import export_model
+from gpt2_jax.interop.model_directory import own_fields
 from gpt2_jax.interop.tokenizer_files import gpt2_files, tokenizer_files
 from gpt2_jax.lora import LoraSettings, lora_shapes, merge
 from gpt2_jax.sources import load_source
@@ -62,8 +63,8 @@ def speaking() -> Models:
 def spoken(speaking: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, exported with its tokenizer."""
     directory = tmp_path_factory.mktemp("exported") / "model"
-    files = tokenizer_files(speaking.config)
-    export_model(directory, speaking.params, speaking.config, tokenizer=files)
+    files, _ = tokenizer_files(speaking.config)
+    export_model(directory, speaking.params, speaking.config, files=files)
     return directory
 
 
@@ -150,9 +151,14 @@ def test_what_transformers_saved_goes_out_as_it_came(
     small: Models, tmp_path: Path, tied: bool
 ) -> None:
     config = dataclasses.replace(small.config, tie_word_embeddings=tied)
-    random_models(config, seed=4).huggingface.save_pretrained(tmp_path / "theirs")
+    model = random_models(config, seed=4).huggingface
+    for limits in (model.config, model.generation_config):
+        limits.bos_token_id, limits.pad_token_id = 5, 7
+    model.generation_config.repetition_penalty = 1.5
+    model.save_pretrained(tmp_path / "theirs")
     params, config = load_source(str(tmp_path / "theirs"))
-    export_model(tmp_path / "ours", params, config)
+    own, files = own_fields(tmp_path / "theirs")
+    export_model(tmp_path / "ours", params, config, fields=own, files=files)
     theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
@@ -162,6 +168,10 @@ def test_what_transformers_saved_goes_out_as_it_came(
     ]
     both = fields[0].keys() & fields[1].keys()
     assert {key: fields[1][key] for key in both} == {key: fields[0][key] for key in both}
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    for its_limits in (opened.config, opened.generation_config):
+        assert (its_limits.bos_token_id, its_limits.pad_token_id) == (5, 7)
+    assert opened.generation_config.repetition_penalty == 1.5
 
 
 def test_the_tokenizer_gives_the_same_ids(spoken: Path, complaints: list[str]) -> None:

@@ -18,7 +18,9 @@ SETTINGS = OptimizerSettings(warmup_steps=2)
 
 def test_a_step_at_full_width(prove: Prove) -> None:
     """The first step of a run without warm-up has the full learning rate."""
-    models = random_models(dataclasses.replace(SIZES["gpt2"], n_layer=1), seed=0)
+    models = random_models(
+        dataclasses.replace(SIZES["gpt2"], n_layer=1, vocab_size=5003, eos_token_id=None), seed=0
+    )
     settings = dataclasses.replace(SETTINGS, warmup_steps=0)
     prove(*check_optimizer(models, random_gradients(models, 1), settings))
 

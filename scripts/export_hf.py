@@ -7,7 +7,7 @@ from typing import Literal
 
 from gpt2_jax.cli import parse_flags, run
 from gpt2_jax.config import SIZES, GPT2Config
-from gpt2_jax.interop.model_directory import check_output
+from gpt2_jax.interop.model_directory import check_output, own_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +51,18 @@ def main() -> None:
         revision=flags.revision,
         lora=flags.lora,
     )
-    tokenizer = tokenizer_files(config, source)
+    fields, files = own_fields(source)
+    tokenizer, why_none = tokenizer_files(config, source)
     export_model(
         flags.output,
         params,
         config,
         dtype=flags.dtype,
-        tokenizer=tokenizer,
+        files=files | tokenizer,
+        fields=fields,
         overwrite=flags.overwrite,
     )
-    _report(flags, config, has_tokenizer=bool(tokenizer))
+    _report(flags, config, why_none)
 
 
 def _local_source(flags: Flags) -> Path | None:
@@ -70,18 +72,18 @@ def _local_source(flags: Flags) -> Path | None:
     return Path(flags.weights) if flags.weights is not None else None
 
 
-def _report(flags: Flags, config: GPT2Config, *, has_tokenizer: bool) -> None:
+def _report(flags: Flags, config: GPT2Config, why_no_tokenizer: str) -> None:
     print(f"wrote {flags.output}: {config.parameter_count:,} parameters, {flags.dtype}")
     for file in sorted(flags.output.iterdir()):
         print(f"  {file.stat().st_size:>13,}  {file.name}")
     print("open it with")
     print(f'  transformers.AutoModelForCausalLM.from_pretrained("{flags.output}")')
-    if has_tokenizer:
+    if not why_no_tokenizer:
         print(f'  transformers.pipeline("text-generation", model="{flags.output}")')
     else:
         print(
-            f"note: no tokenizer is written: the vocabulary of {config.vocab_size} is not GPT-2's, "
-            f"and the source has no tokenizer files; the model takes and gives token ids",
+            f"note: no tokenizer is written: {why_no_tokenizer}; the model takes and gives "
+            f"token ids",
             file=sys.stderr,
         )
 

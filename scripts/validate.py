@@ -136,7 +136,7 @@ def _print(found: "Validation") -> None:
 
     from parity.outcomes import table_of
 
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     for table in found.layer_tables():
         console.print(table)
     console.print(table_of(found.checks, f"JAX against PyTorch: {found.title}"))

@@ -76,6 +76,14 @@ FILES = {
     ("gpt2", "altered"): whole(7.0),
     ("gpt2", "altered-config"): whole(8.0),
 }
+REFUSALS = {
+    "busy": (503, {}),
+    "hurried": (429, {}),
+    "forbidden": (403, {}),
+    "gated": (403, {"X-Error-Code": "GatedRepo"}),
+    "unknown": (401, {"X-Error-Code": "RepoNotFound"}),
+}
+"""Revisions of which the hub gives nothing, and its answer."""
 COMMITS = {key: hashlib.sha1("/".join(key).encode()).hexdigest() for key in FILES}
 REVISIONS = {commit: revision for (_, revision), commit in COMMITS.items()}
 REDIRECTED = "gpt2-xl"
@@ -104,7 +112,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         site, repo, _, revision, name = parts if len(parts) == 5 else [""] * 5
         revision = REVISIONS.get(revision, revision)
         files = FILES.get((repo, revision))
-        if files is None:
+        if revision in REFUSALS:
+            self.reply(*REFUSALS[revision])
+        elif files is None:
             known = any(repo == key[0] for key in FILES)
             self.reply(404, {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"})
         elif name not in files:

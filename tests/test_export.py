@@ -1,7 +1,6 @@
-"""Exported models: what comes back is bit for bit what went out, and no other file is harmed."""
+"""Exported models: what comes back is bit for bit what went out, and an interrupt harms nothing."""
 
 import dataclasses
-import errno
 import json
 import os
 from pathlib import Path
@@ -10,27 +9,18 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from doors import Door
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from gpt2_jax import tokenizer
 from gpt2_jax.config import ACTIVATION_FUNCTIONS, GPT2Config
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop import export
 from gpt2_jax.interop.export import export_model
 from gpt2_jax.interop.pretrained import load_pretrained
 from gpt2_jax.interop.tokenizer_files import gpt2_files, tokenizer_files
-from gpt2_jax.lora import merge
 from gpt2_jax.model import Params, param_shapes
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 GPT2_FILES = {"vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"}
-
-
-@pytest.fixture
-def door(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Door:
-    monkeypatch.chdir(tmp_path)
-    return Door(capsys)
 
 
 def random_params(config: GPT2Config) -> Params:
@@ -168,186 +158,60 @@ def test_gpt2s_tokenizer_is_what_openai_published() -> None:
     [(50256, set()), (50257, GPT2_FILES), (50304, GPT2_FILES), (50305, set()), (97, set())],
 )
 def test_gpt2s_tokenizer_goes_with_its_vocabulary_only(vocab_size: int, names: set[str]) -> None:
-    assert set(tokenizer_files(GPT2Config(vocab_size=vocab_size))) == names
+    assert set(tokenizer_files(GPT2Config(vocab_size=vocab_size))[0]) == names
 
 
 def test_a_tokenizer_of_its_own_goes_along(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "merges.txt").write_text("a b")
     # Half a tokenizer is none.
-    assert set(tokenizer_files(GPT2Config(), tmp_path)) == GPT2_FILES
-    assert tokenizer_files(GPT2Config(vocab_size=97), tmp_path) == {}
-    (tmp_path / "vocab.json").write_text("its own")
+    assert set(tokenizer_files(GPT2Config(), tmp_path)[0]) == GPT2_FILES
+    assert tokenizer_files(GPT2Config(vocab_size=97), tmp_path)[0] == {}
+    (tmp_path / "vocab.json").write_text('{"its": 0, "own": 96}')
     (tmp_path / "README.md").write_text("about")
     (tmp_path / "model.safetensors").touch()
     for source in (tmp_path, tmp_path / "model.safetensors"):
         for config in (GPT2Config(), GPT2Config(vocab_size=97)):
-            files = tokenizer_files(config, source)
+            files, why_none = tokenizer_files(config, source)
+            assert why_none == ""
             assert files == {
                 "merges.txt": b"a b",
                 "tokenizer_config.json": b"{}",
-                "vocab.json": b"its own",
+                "vocab.json": b'{"its": 0, "own": 96}',
             }
 
 
-@pytest.fixture
-def source(tmp_path: Path, tiny_config: GPT2Config, tiny_params: Params) -> Path:
-    """A model without a tokenizer."""
-    export_model(tmp_path / "source", tiny_params, tiny_config)
-    return tmp_path / "source"
-
-
-def test_the_script_writes_a_model_and_says_how_to_open_it(door: Door, source: Path) -> None:
-    before = contents(source)
-    code, out, err = door("export_hf", "--source", "source", "--output", "new/out")
-    assert code == 0
-    assert "wrote new/out: 29,600 parameters, float32" in out
-    assert 'AutoModelForCausalLM.from_pretrained("new/out")' in out
-    assert err.startswith("note: no tokenizer is written: the vocabulary of 97 is not GPT-2's")
-    assert err.count("\n") == 1
-    assert contents(source.parent / "new/out") == contents(source) == before
-    assert [path.name for path in (source.parent / "new").iterdir()] == ["out"]
-
-    code, _, _ = door("export_hf", "--source", "source", "--output", "half", "--dtype", "bfloat16")
-    assert code == 0
-    sizes = [
-        (source.parent / name / "model.safetensors").stat().st_size for name in ("half", source)
-    ]
-    assert sizes[0] < 0.6 * sizes[1]
-
-
-def test_with_gpt2s_vocabulary_the_script_writes_its_tokenizer(door: Door, tmp_path: Path) -> None:
-    config = GPT2Config(n_positions=24, n_embd=4, n_layer=1, n_head=1)
-    export_model(tmp_path / "plain", random_params(config), config)
-    code, out, err = door("export_hf", "--source", "plain", "--output", "out")
-    assert (code, err) == (0, "")
-    assert 'pipeline("text-generation", model="out")' in out
-    assert set(contents(tmp_path / "out")) == MODEL_FILES | GPT2_FILES
-    # What the script wrote is a source of its own, tokenizer and all, under any name.
-    code, _, err = door(
-        "export_hf", "--weights", "out/model.safetensors", "--output", "again", "--overwrite"
-    )
-    assert (code, err) == (0, "")
-    assert contents(tmp_path / "again") == contents(tmp_path / "out")
-
-
-def test_an_adapter_is_merged(
-    door: Door, source: Path, tiny_config: GPT2Config, tiny_params: Params
-) -> None:
-    from safetensors.numpy import save_file
-
-    from gpt2_jax.interop.peft import load_adapter
-
-    rng = np.random.default_rng(0)
-    matrices = {
-        f"base_model.model.transformer.h.{block}.attn.c_attn.{name}.weight": rng.normal(
-            size=shape
-        ).astype(np.float32)
-        for block in range(2)
-        for name, shape in (("lora_A", (4, 32)), ("lora_B", (96, 4)))
-    }
-    Path("adapter").mkdir()
-    save_file(matrices, "adapter/adapter_model.safetensors")
-    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["c_attn"]}
-    Path("adapter/adapter_config.json").write_text(json.dumps({**fields, "fan_in_fan_out": True}))
-    assert door("export_hf", "--source", source, "--lora", "adapter", "--output", "out")[0] == 0
-    merged = merge(tiny_params, *load_adapter(Path("adapter"), tiny_config))
-    back, _ = load_pretrained(Path("out"))
-    jax.tree.map(np.testing.assert_array_equal, back, merged)
-    assert "give another --output" in door.refuses(
-        "export_hf", "--source", source, "--lora", "adapter", "--output", "adapter", "--overwrite"
-    )
-
-
-@pytest.mark.parametrize(
-    ("flags", "rule"),
-    [
-        (["--source", "source"], "--output"),
-        (["--output", "out", "--source", "nowhere"], "'nowhere' is no directory"),
-        (["--output", "out", "--source", "source", "--dtype", "float16"], "bfloat16"),
-        (["--output", "out", "--source", "source", "--model", "gpt2"], "--model gpt2 goes with"),
-        (["--output", "a_file", "--source", "source"], "a_file is a file"),
-        (["--output", "a_file/out", "--source", "source"], "a_file is a file"),
-        (["--output", "source", "--source", "source"], "is where source is read from"),
-        (["--output", "source", "--source", "source", "--overwrite"], "is where source is read"),
-        (["--output", ".", "--source", "source", "--overwrite"], "is where source is read from"),
-        (["--output", "linked", "--source", "source", "--overwrite"], "is where source is read"),
-        (["--output", "source", "--weights", "source/model.safetensors", "--overwrite"], "is read"),
-        (["--output", "model", "--source", "source"], "already holds a model; give another"),
-        (["--output", "full", "--source", "source"], "no exported model, or not that alone: it"),
-        (["--output", "full", "--source", "source", "--overwrite"], "it holds notes.txt;"),
-        (["--output", "run", "--source", "source", "--overwrite"], "it holds config.json;"),
-        (["--output", "nested", "--source", "source", "--overwrite"], "it holds vocab.json;"),
-    ],
-    ids=str,
-)
-def test_the_script_refuses(
-    door: Door,
-    source: Path,
-    tiny_params: Params,
-    tiny_config: GPT2Config,
-    flags: list[str],
-    rule: str,
-) -> None:
-    here = source.parent
-    (here / "a_file").touch()
-    (here / "linked").symlink_to("source")
-    for name in ("model", "full", "nested"):
-        export_model(here / name, tiny_params, tiny_config)
-    (here / "full/notes.txt").write_text("precious")
-    (here / "nested/vocab.json").mkdir()
-    (here / "run").mkdir()
-    (here / "run/config.json").write_text('{"model": {}, "run_dir": "run"}')
-
-    def everything() -> dict[Path, bytes]:
-        return {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
-
-    before = everything()
-    assert rule in door.refuses("export_hf", *flags)
-    assert everything() == before
-    assert not (here / "out").exists()
-
-
-def test_an_exported_model_is_replaced_whole(
-    door: Door, source: Path, tiny_params: Params, tiny_config: GPT2Config
-) -> None:
-    old = {"vocab.json": b"of another model", "merges.txt": b"too"}
-    export_model(source.parent / "out", tiny_params, tiny_config, tokenizer=old)
-    (source.parent / "link").symlink_to("out")
-    assert door("export_hf", "--source", source, "--output", "link", "--overwrite")[0] == 0
-    assert contents(source.parent / "out") == contents(source)
-    assert (source.parent / "link").is_symlink()
-    # An empty directory is no one's.
-    (source.parent / "empty").mkdir()
-    assert door("export_hf", "--source", source, "--output", "empty")[0] == 0
-    assert contents(source.parent / "empty") == contents(source)
-
-
-FAULTS = {
-    "no room": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-    "no room for safetensors": SafetensorError("Error while serializing: I/O error: no space"),
+LARGEST_IS_97 = {
+    "vocab": {"vocab.json": '{"a": 97, "b": 0}', "merges.txt": ""},
+    "added": {"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"<pad>": 97}'},
+    "decoder": {
+        "tokenizer.json": '{"model": {"vocab": {"a": 0}}}',
+        "tokenizer_config.json": '{"added_tokens_decoder": {"97": {}}}',
+    },
+    "one file": {"tokenizer.json": '{"model": {"vocab": {"a": 97}}, "added_tokens": null}'},
+    "its added": {"tokenizer.json": '{"model": {"vocab": {}}, "added_tokens": [{"id": 97}]}'},
+    "unigram": {"tokenizer.json": json.dumps({"model": {"vocab": [["a", -1.5]] * 98}})},
+    "words": {"vocab.txt": "word\n" * 98},
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_full_disk_is_told_and_leaves_what_was_there(
-    door: Door, source: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+@pytest.mark.parametrize("files", LARGEST_IS_97.values(), ids=LARGEST_IS_97)
+def test_a_tokenizer_beyond_the_vocabulary_does_not_go_along(
+    tmp_path: Path, files: dict[str, str]
 ) -> None:
-    here = source.parent
-    assert door("export_hf", "--source", source, "--output", "old")[0] == 0
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert set(tokenizer_files(GPT2Config(vocab_size=98), tmp_path)[0]) == set(files)
+    none, why_none = tokenizer_files(GPT2Config(vocab_size=97), tmp_path)
+    assert none == {}
+    assert why_none == f"that of {tmp_path} has ids up to 97, and the model's vocabulary ends at 96"
 
-    def fail(_state: object, file: Path, **_options: object) -> None:
-        file.write_bytes(b"half of")
-        raise FAULTS[fault]
 
-    monkeypatch.setattr(export, "save_file", fail)
-    before = contents(here / "old")
-    for output in ("old", "new/deep/out"):
-        line = door.refuses("export_hf", "--source", source, "--output", output, "--overwrite")
-        assert f"cannot write {output}: " in line
-        assert "make room" in line
-    assert contents(here / "old") == before
-    assert {path.name for path in here.iterdir()} == {"source", "old"}
+def test_a_damaged_tokenizer_is_told(tmp_path: Path) -> None:
+    for damage in ("{", "[]", '{"model": {}}', '{"model": {"vocab": {"a": "b"}}}'):
+        (tmp_path / "tokenizer.json").write_text(damage)
+        with pytest.raises(UserError, match="json beside the source is no tokenizer's"):
+            tokenizer_files(GPT2Config(), tmp_path)
 
 
 @pytest.mark.parametrize("renaming", [0, 1])
@@ -355,7 +219,6 @@ def test_an_interrupt_leaves_the_old_model(
     tmp_path: Path,
     tiny_config: GPT2Config,
     tiny_params: Params,
-    source: Path,
     monkeypatch: pytest.MonkeyPatch,
     renaming: int,
 ) -> None:
@@ -368,6 +231,8 @@ def test_an_interrupt_leaves_the_old_model(
                 raise KeyboardInterrupt
         replace(old, new, **options)
 
+    source = tmp_path / "source"
+    export_model(source, tiny_params, tiny_config)
     before = contents(source)
     monkeypatch.setattr(os, "replace", replace_or_stop)
     with pytest.raises(KeyboardInterrupt):
@@ -377,7 +242,8 @@ def test_an_interrupt_leaves_the_old_model(
 
 
 def test_the_function_overwrites_only_when_asked_to(
-    source: Path, tiny_config: GPT2Config, tiny_params: Params
+    tmp_path: Path, tiny_config: GPT2Config, tiny_params: Params
 ) -> None:
+    export_model(tmp_path / "source", tiny_params, tiny_config)
     with pytest.raises(UserError, match="already holds a model"):
-        export_model(source, tiny_params, tiny_config)
+        export_model(tmp_path / "source", tiny_params, tiny_config)

@@ -1,7 +1,7 @@
 """Weights from the Hugging Face hub: downloaded, cached, offline."""
 
 import pytest
-from hub_server import WEIGHTS, asked, hub_of, load_all, table
+from hub_server import REFUSALS, WEIGHTS, asked, hub_of, load_all, table
 
 MODELS = [
     ("gpt2", None),
@@ -63,7 +63,22 @@ def test_weights_in_shards_come_whole_by_redirects(hub, online):
 def test_what_the_hub_does_not_have_is_named(online):
     assert "gpt2 has no revision 'newer'" in online["gpt2", "newer"]
     assert "no model openai-community/gpt2-medium" in online["gpt2-medium", None]
-    assert "openai-community/gpt2-large" in online["gpt2-large", None]
+    assert "openai-community/gpt2-large is not in the cache" in online["gpt2-large", None]
+    assert "or lacks a file (404" in online["gpt2-large", None]
+
+
+def test_a_refusal_is_one_line_with_its_status(hub, tmp_path):
+    refused = load_all(hub, tmp_path, [("gpt2", revision) for revision in REFUSALS])
+    for revision, (status, _) in REFUSALS.items():
+        message = refused["gpt2", revision]
+        assert f"HTTP {status}" in message
+        assert message.endswith("or give a local copy")
+        assert "\n" not in message
+    for revision in ("busy", "hurried", "forbidden"):
+        assert "gpt2 is not in the cache and the hub answers" in refused["gpt2", revision]
+        assert "try again later, set HF_TOKEN" in refused["gpt2", revision]
+    assert "accept its terms" in refused["gpt2", "gated"]
+    assert "the hub has no model openai-community/gpt2, or" in refused["gpt2", "unknown"]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Weights from the Hugging Face hub when a download breaks off or brings something else."""
 
 import hashlib
+import types
 
 import huggingface_hub
 import numpy as np
 import pytest
 from hub_server import FILES, WEIGHTS, asked, hub_of, load_all, start, table, tag
 
+from gpt2_jax.errors import UserError
 from gpt2_jax.interop.hub import download
 
 FAULTY = [
@@ -136,20 +138,70 @@ def test_what_is_in_the_cache_is_not_hashed_at_each_start(hub, tmp_path):
     assert results["gpt2", None][1][-1] == [1.0] * 7 + [-1.0]
 
 
-def test_a_file_whose_check_is_interrupted_is_not_kept(tmp_path, monkeypatch):
-    blob, link = tmp_path / blob_name("main"), tmp_path / WEIGHTS
-    blob.write_bytes(FILES["gpt2", "main"][WEIGHTS])
-    link.symlink_to(blob.name)
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch):
+    """Two files as the hub's client leaves them when it has downloaded them just now."""
+    files = {}
+    for name, body in FILES["gpt2", "main"].items():
+        blob, files[name] = tmp_path / tag(name, body), tmp_path / name
+        blob.write_bytes(body)
+        files[name].symlink_to(blob.name)
+    known = set()
+
+    def bring(_repo, name, **_):
+        known.add(name)
+        return str(files[name])
+
+    def cached(_repo, name, **_):
+        return str(files[name]) if name in known else None
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", bring)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    return files
+
+
+def test_an_interrupted_check_is_made_the_next_time(downloaded, tmp_path, monkeypatch):
+    weights = downloaded[WEIGHTS]
+    weights.write_bytes(weights.read_bytes()[:-4] + np.float32(-1.0).tobytes())
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(link))
-    monkeypatch.setattr(hashlib, "file_digest", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            download("openai-community/gpt2")
+    assert weights.exists()
+    with pytest.raises(UserError, match="it is not kept"):
         download("openai-community/gpt2")
-    assert not any(tmp_path.iterdir())
+    assert {file.name for file in tmp_path.iterdir() if file.is_symlink()} == {"config.json"}
+    assert not list(tmp_path.glob(blob_name("main"))) + list(tmp_path.glob("*.unchecked"))
+
+
+def test_without_an_answer_of_the_hub_a_file_is_kept_but_not_taken(
+    downloaded, tmp_path, monkeypatch
+):
+    weights, body = downloaded[WEIGHTS], downloaded[WEIGHTS].read_bytes()
+    weights.unlink()
+    weights.write_bytes(body)  # as without symbolic links, which say what was announced
+
+    def announce(_url):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", announce)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"cannot be downloaded \(no route to the hub\)"):
+            download("openai-community/gpt2")
+        assert weights.read_bytes() == body
+    asked_for = []
+    answer = types.SimpleNamespace(etag=blob_name("main"))
+    monkeypatch.setattr(
+        huggingface_hub, "get_hf_file_metadata", lambda url: asked_for.append(url) or answer
+    )
+    for _ in range(2):
+        assert download("openai-community/gpt2") == tmp_path
+    assert len(asked_for) == 1
+    assert not any(file.name.endswith(".unchecked") for file in tmp_path.iterdir())
 
 
 def test_files_are_checked_where_there_are_no_links(fresh_hub, tmp_path):

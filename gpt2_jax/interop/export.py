@@ -22,7 +22,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 _PIPELINE_TOKENS = 256
 
-_NO_FILES: Mapping[str, bytes] = MappingProxyType({})
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def export_model(
@@ -31,7 +31,8 @@ def export_model(
     config: GPT2Config,
     *,
     dtype: Dtype = "float32",
-    tokenizer: Mapping[str, bytes] = _NO_FILES,
+    files: Mapping[str, bytes] = _NOTHING,
+    fields: Mapping[str, Any] = _NOTHING,
     overwrite: bool = False,
 ) -> None:
     """Makes a directory that `transformers.AutoModelForCausalLM.from_pretrained` opens.
@@ -43,7 +44,9 @@ def export_model(
       params: float32; rows that pad the vocabulary are left out.
       config: of the model.
       dtype: of the weights in the file; bfloat16 rounds to the nearest, ties to even.
-      tokenizer: its files' contents by name, as `tokenizer_files` makes them.
+      files: more files' contents by name, such as a tokenizer's. A generation_config.json among
+        them is written as it is.
+      fields: of config.json, where it is not to have those of `config`.
       overwrite: whether a model that is there is replaced.
 
     Raises:
@@ -52,8 +55,8 @@ def export_model(
     model_directory.check_output(directory, overwrite)
     try:
         with directory_written_beside(directory.resolve()) as scratch:
-            write_model_files(scratch, params, config, dtype=dtype)
-            for name, contents in tokenizer.items():
+            write_model_files(scratch, params, config, dtype=dtype, fields=fields)
+            for name, contents in files.items():
                 (scratch / name).write_bytes(contents)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk in its own way
         reason = getattr(error, "strerror", None) or error
@@ -63,11 +66,17 @@ def export_model(
 
 
 def write_model_files(
-    directory: Path, params: Params, config: GPT2Config, *, dtype: Dtype = "float32"
+    directory: Path,
+    params: Params,
+    config: GPT2Config,
+    *,
+    dtype: Dtype = "float32",
+    fields: Mapping[str, Any] = _NOTHING,
 ) -> None:
     """Writes config.json, generation_config.json and model.safetensors into a directory.
 
-    A tied head is the embedding and is not stored a second time.
+    A tied head is the embedding and is not stored a second time. `fields` of config.json are set
+    to these values.
 
     Raises:
       OSError: if a file cannot be written.
@@ -80,22 +89,23 @@ def write_model_files(
     # safetensors writes an array's memory as it lies there, strides or not.
     state = {name: np.ascontiguousarray(array, numpy_dtype) for name, array in state.items()}
     save_file(state, directory / weight_files.SAFETENSORS, metadata={"format": "pt"})
-    fields = {**config_to_json(config), "dtype": dtype, "torch_dtype": dtype}
-    _write_json(directory / model_directory.CONFIG, fields)
-    _write_json(directory / model_directory.GENERATION_CONFIG, _generation_fields(config))
+    described = {**config_to_json(config), **fields, "dtype": dtype, "torch_dtype": dtype}
+    _write_json(directory / model_directory.CONFIG, described)
+    _write_json(directory / model_directory.GENERATION_CONFIG, _generation_fields(described))
 
 
-def _generation_fields(config: GPT2Config) -> dict[str, Any]:
-    """What `generate` does unasked.
+def _generation_fields(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What `generate` does unasked with the model that config.json describes.
 
-    A pipeline asks for 256 new tokens and crashes where fewer fit, unless there is a `max_length`.
-    Where there is room for them it is left out: then a call that gives its own number of new
-    tokens is warned of two limits.
+    What ends a text pads it too, if nothing else does. A pipeline asks for 256 new tokens and
+    crashes where fewer fit, unless there is a `max_length`. Where there is room for them it is
+    left out: then a call that gives its own number of new tokens is warned of two limits.
     """
-    ends = ("bos_token_id", "eos_token_id", "pad_token_id")
-    fields: dict[str, Any] = dict.fromkeys(ends, config.eos_token_id)
-    if config.n_positions <= 2 * _PIPELINE_TOKENS:
-        fields["max_length"] = config.n_positions
+    fields = {name: described[name] for name in ("bos_token_id", "eos_token_id")}
+    pad = described.get("pad_token_id")
+    fields["pad_token_id"] = fields["eos_token_id"] if pad is None else pad
+    if described["n_positions"] <= 2 * _PIPELINE_TOKENS:
+        fields["max_length"] = described["n_positions"]
     return fields
 
 

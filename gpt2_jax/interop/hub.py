@@ -1,5 +1,6 @@
 """Downloads of models from the Hugging Face hub, each file checked once against its hash."""
 
+import contextlib
 import hashlib
 import re
 from pathlib import Path
@@ -12,8 +13,9 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     """Brings a model's config and safetensors into the hub's cache.
 
     HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are honoured. The hub's client looks at nothing but
-    a file's length, so what is new in the cache is hashed here before it is used. What was in
-    the cache already was proven when it came, and half a gigabyte is not hashed at every start.
+    a file's length, so what this call brings is hashed before it is used; a check that broke off
+    is made next time. What other programs have put into the cache is taken as it is: half a
+    gigabyte is not hashed at every start.
 
     Args:
       repo_id: owner and name of the repository.
@@ -28,6 +30,8 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -48,9 +52,25 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         raise UserError(
             f"{repo_id} has no revision {revision!r}; see its page on the hub"
         ) from None
-    except RepositoryNotFoundError:
-        raise UserError(f"the hub has no model {repo_id}, or HF_TOKEN may not see it") from None
+    except GatedRepoError as error:
+        raise UserError(
+            f"{repo_id} is gated, and the hub answers HTTP {_status(error)}; accept its terms on "
+            f"its page and set HF_TOKEN, or give a local copy"
+        ) from None
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"the hub has no model {repo_id}, or HF_TOKEN may not see it (HTTP {_status(error)}); "
+            f"mend either, or give a local copy"
+        ) from None
     except EntryNotFoundError as error:
+        # The client tells of most refusals as of an empty cache, with the hub's answer as cause.
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+        if cause is not None and _status(cause) is not None:
+            raise UserError(
+                f"{repo_id} is not in the cache and the hub answers HTTP {_status(cause)} "
+                f"({_first_line(cause)}); try again later, set HF_TOKEN or HF_ENDPOINT, or give "
+                f"a local copy"
+            ) from None
         raise UserError(
             f"{repo_id} is not in the cache and the hub cannot be reached or lacks a file "
             f"({_first_line(error)}); connect, set HF_ENDPOINT, or give a local copy"
@@ -69,24 +89,34 @@ def download(repo_id: str, revision: str | None = None) -> Path:
 
 
 def _fetch(repo_id: str, name: str, revision: str | None) -> Path:
-    """A file's place in the cache, downloaded and checked first if it is not there."""
+    """A file's place in the cache, downloaded and checked first if it is not there.
+
+    An empty file beside it says that the check is not done: after an interrupt, or without an
+    answer of the hub, the next call makes up for it and downloads nothing again.
+    """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(repo_id, name, revision=revision)
     file = Path(hf_hub_download(repo_id, name, revision=revision))
-    if isinstance(cached, str) and Path(cached) == file:
-        return file
-    try:
-        _check(repo_id, file)
-    except BaseException:
-        # An interrupted check too: next time the file would count as proven.
-        _remove(file)
-        raise
+    unchecked = file.with_name(f"{file.name}.unchecked")
+    is_new = not (isinstance(cached, str) and Path(cached) == file)
+    if is_new:
+        with contextlib.suppress(OSError):  # a cache for reading only
+            unchecked.touch()
+    if is_new or unchecked.exists():
+        try:
+            _check(repo_id, file)
+        except UserError:
+            _remove(file)
+            unchecked.unlink(missing_ok=True)
+            raise
+        with contextlib.suppress(OSError):
+            unchecked.unlink()
     return file
 
 
 def _check(repo_id: str, file: Path) -> None:
-    """Hashes a file just downloaded.
+    """Hashes a file.
 
     Raises:
       UserError: if the hub announced another hash.
@@ -130,5 +160,10 @@ def _remove(file: Path) -> None:
     file.unlink(missing_ok=True)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0] or type(error).__name__
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error of the hub's client tells of, if any."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

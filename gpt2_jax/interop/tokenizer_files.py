@@ -1,17 +1,18 @@
 """A tokenizer as `transformers.AutoTokenizer` and llama.cpp's converter read it from files."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.generation.text_stream import speaks_gpt2
-from gpt2_jax.interop.model_directory import TOKENIZER_FILES, TOKENIZERS
+from gpt2_jax.interop.model_directory import TOKENIZER_FILES, TOKENIZERS, read_bytes
 from gpt2_jax.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, bpe_files
 
 
-def tokenizer_files(config: GPT2Config, source: Path | None = None) -> dict[str, bytes]:
+def tokenizer_files(config: GPT2Config, source: Path | None = None) -> tuple[dict[str, bytes], str]:
     """The files of a model's tokenizer: those of its source, else GPT-2's if that can be its own.
 
     Args:
@@ -19,16 +20,27 @@ def tokenizer_files(config: GPT2Config, source: Path | None = None) -> dict[str,
       source: a Hugging Face directory that the model is from, or a file in it.
 
     Returns:
-      Contents by file name; empty if nothing is known of the tokenizer.
+      Contents by file name; and if there are none, why.
 
     Raises:
       UserError: if a file cannot be read.
     """
     if source is not None:
         own = _read(source if source.is_dir() else source.parent)
+        largest = _largest_id(own)
+        if largest >= config.vocab_size:
+            return {}, (
+                f"that of {source} has ids up to {largest}, and the model's vocabulary "
+                f"ends at {config.vocab_size - 1}"
+            )
         if own:
-            return own
-    return gpt2_files(config.n_positions) if speaks_gpt2(config) else {}
+            return own, ""
+    if not speaks_gpt2(config):
+        return {}, (
+            f"the vocabulary of {config.vocab_size} is not GPT-2's, and the source has no "
+            f"tokenizer files"
+        )
+    return gpt2_files(config.n_positions), ""
 
 
 def gpt2_files(model_max_length: int) -> dict[str, bytes]:
@@ -102,9 +114,38 @@ def _read(directory: Path) -> dict[str, bytes]:
     present = {name for name in TOKENIZER_FILES if (directory / name).is_file()}
     if not any(present.issuperset(names) for names in TOKENIZERS):
         return {}
-    try:
-        return {name: (directory / name).read_bytes() for name in sorted(present)}
-    except OSError as error:
-        raise UserError(
-            f"cannot read {error.filename}: {error.strerror}; give a readable source"
-        ) from None
+    return {name: read_bytes(directory / name) for name in sorted(present)}
+
+
+def _largest_id(files: Mapping[str, bytes]) -> int:
+    """The largest id that a tokenizer gives; -1 if its files are of a kind not read here.
+
+    Raises:
+      UserError: if a file is not what its name says.
+    """
+    largest = -1
+    for name, contents in files.items():
+        try:
+            largest = max(largest, *_ids(name, contents))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{name} beside the source is no tokenizer's ({error}); mend it or take it away"
+            ) from None
+    return largest
+
+
+def _ids(name: str, contents: bytes) -> Iterable[int]:
+    """The ids in one of a tokenizer's files, and -1."""
+    yield -1
+    if name == "vocab.txt":
+        yield len(contents.splitlines()) - 1
+    if name in ("vocab.json", "added_tokens.json"):
+        yield from json.loads(contents).values()
+    if name == "tokenizer_config.json":
+        yield from map(int, json.loads(contents).get("added_tokens_decoder") or ())
+    if name == "tokenizer.json":
+        whole = json.loads(contents)
+        vocab = whole["model"]["vocab"]
+        # A Unigram model lists its tokens, others give each its id.
+        yield from vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        yield from (token["id"] for token in whole.get("added_tokens") or ())
