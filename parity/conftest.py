@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 
@@ -19,6 +20,9 @@ PROVEN = "parity"
 """The property of a test report under which its checks travel, also between processes."""
 
 transformers.logging.set_verbosity_error()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores, and PyTorch's threads spin while they wait for each other.
+    torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 
 

@@ -11,7 +11,7 @@ import torch
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.interop import huggingface
 from gpt2_jax.training.loop import train
-from gpt2_jax.training.settings import DataSettings, TrainSettings
+from gpt2_jax.training.settings import DataSettings, MeshSettings, TrainSettings
 from parity import reference
 from parity.models import Models, pretrained_models
 
@@ -124,6 +124,7 @@ def test_a_run_is_a_source(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
         steps=1,
         model=config,
         data=DataSettings(sequence_length=8, batch_size=2, micro_batch_size=2),
+        mesh=MeshSettings(data=1),
     )
     tokens_BT = np.arange(18, dtype=np.int32).reshape(2, 9)
     train(settings, lambda _, rows: tokens_BT[rows], tokens_BT)

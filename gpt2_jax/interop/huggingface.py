@@ -5,6 +5,7 @@ Both parameter sets hold the same arrays in the same layout, so conversion is re
     transformer.h.0.attn.c_attn.weight  <->  h_0/attn/c_attn/kernel
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -160,6 +161,11 @@ def state_dict_from_params(params: Params, config: GPT2Config) -> dict[str, np.n
 
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """Every weight's Hugging Face name without prefix, and its shape without padding."""
+    return dict(_expected_shapes(config))
+
+
+@functools.cache  # tracing the model takes a tenth of a second
+def _expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     flat = traverse_util.flatten_dict(param_shapes(config), sep="/")
     shapes = {state_name(path): leaf.shape for path, leaf in flat.items()}
     for name in ("wte.weight", "lm_head.weight"):
