@@ -20,8 +20,8 @@ from jax.typing import DTypeLike
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import GPT2, Params
 from parity.models import Models
-from parity.outcomes import Check, relative_error
-from parity.rounding import allowed_errors, to_numpy
+from parity.outcomes import Check
+from parity.rounding import relative_errors, to_numpy
 
 Activations = dict[str, np.ndarray]
 
@@ -45,10 +45,6 @@ SITES = {
 """The places in a block, in the order of computation: the layer norm's output; queries, keys and
 values by head; attention probabilities; the values they mix; the attention branch; the stream
 after it; the second norm; the MLP before and after its nonlinearity; its branch; the stream."""
-
-FLOOR = {"float32": 1e-5, "bfloat16": 1e-2}
-"""Relative error that is always allowed, ||ours - theirs|| / ||theirs||, by compute dtype: some
-hundred units in the last place of float32, three of bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,22 +92,12 @@ def check_activations(
     """
     name = jnp.dtype(dtype).name
     ours = jax_activations(models.params, models.config, tokens_BT, dtype)
-    theirs = {
-        "Hugging Face": torch_activations(models.huggingface, models.config, tokens_BT),
-        "reference": torch_activations(models.reference, models.config, tokens_BT),
-    }
-    errors = {
-        model: {place: relative_error(ours[place], array) for place, array in arrays.items()}
-        for model, arrays in theirs.items()
-    }
-    allowed = dict.fromkeys(ours, FLOOR[name])
-    if not all(error <= FLOOR[name] for found in errors.values() for error in found.values()):
-        allowed = allowed_errors(
-            models.huggingface,
-            lambda model: torch_activations(model, models.config, tokens_BT),
-            name,
-            FLOOR[name],
-        )
+    theirs, errors, allowed = relative_errors(
+        ours,
+        models,
+        lambda model: torch_activations(model, models.config, tokens_BT),
+        name,
+    )
     differences = {
         model: [
             Difference(

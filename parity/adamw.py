@@ -1,5 +1,6 @@
 """The optimizer of `gpt2_jax/training/optimizer.py` in plain PyTorch, and the two compared."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
@@ -10,11 +11,11 @@ import numpy as np
 import optax
 import torch
 
-from gpt2_jax.interop import huggingface
+from gpt2_jax.interop.huggingface import params_from_state_dict, stored_state_dict
 from gpt2_jax.model import Params
 from gpt2_jax.training import optimizer as ours
 from gpt2_jax.training.settings import OptimizerSettings
-from parity.gradients import Gradients, named
+from parity.gradients import Gradients
 from parity.models import Models
 from parity.outcomes import Check, bounded, bounded_each, relative_error
 from parity.reference import ReferenceGPT2
@@ -109,9 +110,7 @@ def check_optimizer(
       each step.
     """
     config = models.config
-    reference = ReferenceGPT2(config)
-    reference.load_state_dict(models.reference.state_dict())
-    theirs = TorchAdamW(reference, settings, steps)
+    theirs = TorchAdamW(copy.deepcopy(models.reference), settings, steps)
     schedule = ours.learning_rate_schedule(settings, steps)
     adamw = ours.make_optimizer(settings, schedule)
     params, state = models.params, adamw.init(models.params)
@@ -128,15 +127,18 @@ def check_optimizer(
         for name, parameter in theirs.parameters.items():
             parameter.grad = torch.tensor(gradient[name])
         norm = theirs.step()
-        tree = huggingface.params_from_state_dict(gradient, config, "the gradients")
+        tree = params_from_state_dict(gradient, config, "the gradients")
         params, state, our_norm = update(tree, state, params)
+        mean, square = (
+            stored_state_dict(optax.tree.get(state, name), config) for name in ("mu", "nu")
+        )
         found = {
             # The schedule is computed in float32.
             "learning rate": bounded("", rate / peak, schedule(index) / peak, RATE_BOUND),
             "gradient norm": bounded("", norm / (norm or 1), our_norm / (norm or 1), MOMENT_BOUND),
-            "exp_avg": _moment(theirs, "exp_avg", named(optax.tree.get(state, "mu"), config)),
-            "exp_avg_sq": _moment(theirs, "exp_avg_sq", named(optax.tree.get(state, "nu"), config)),
-            "parameters": _parameters(theirs, named(params, config)),
+            "exp_avg": _moment(theirs, "exp_avg", mean),
+            "exp_avg_sq": _moment(theirs, "exp_avg_sq", square),
+            "parameters": _parameters(theirs, stored_state_dict(params, config)),
         }
         checks += [
             dataclasses.replace(

@@ -44,10 +44,16 @@ def check_state_dict(models: Models) -> Check:
 
 def check_logits(models: Models, tokens_BT: np.ndarray, bound: float = LOGITS_BOUND) -> list[Check]:
     """float32 logits of JAX against Hugging Face and against the reference."""
-    ours = jax_logits(models, tokens_BT)
+    return compare_logits(jax_logits(models, tokens_BT), torch_logits(models, tokens_BT), bound)
+
+
+def compare_logits(
+    ours_BTV: np.ndarray, theirs: dict[str, np.ndarray], bound: float = LOGITS_BOUND
+) -> list[Check]:
+    """Logits of JAX against those of PyTorch models by name."""
     return [
-        bounded(f"logits, JAX - {name}", logits, ours, bound)
-        for name, logits in torch_logits(models, tokens_BT).items()
+        bounded(f"logits, JAX - {name}", theirs_BTV, ours_BTV, bound)
+        for name, theirs_BTV in theirs.items()
     ]
 
 

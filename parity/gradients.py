@@ -10,16 +10,12 @@ import torch
 from jax.typing import DTypeLike
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.interop.huggingface import state_dict_from_params
+from gpt2_jax.interop.huggingface import stored_state_dict
 from gpt2_jax.model import GPT2, Params
 from gpt2_jax.training.step import batch_loss
 from parity.models import Models
-from parity.outcomes import Check, bounded_each, relative_error
-from parity.rounding import allowed_errors, to_numpy
-
-FLOOR = {"float32": 1e-5, "bfloat16": 1e-2}
-"""Relative error of a parameter's gradient that is always allowed, ||ours - theirs|| / ||theirs||,
-by compute dtype."""
+from parity.outcomes import Check, bounded_each
+from parity.rounding import relative_errors, to_numpy
 
 Gradients = dict[str, np.ndarray]
 
@@ -36,26 +32,14 @@ def check_gradients(
     """
     name = jnp.dtype(dtype).name
     ours = jax_gradients(models.params, models.config, tokens_BT, dtype)
-    theirs = {
-        "Hugging Face": torch_gradients(models.huggingface, tokens_BT),
-        "reference": torch_gradients(models.reference, tokens_BT),
-    }
-    errors = {
-        # Nearest to the loss first, since from there a fault spreads.
-        model: {weight: relative_error(ours[weight], grads[weight]) for weight in reversed(grads)}
-        for model, grads in theirs.items()
-    }
-    allowed = dict.fromkeys(ours, FLOOR[name])
-    if not all(error <= FLOOR[name] for found in errors.values() for error in found.values()):
-        allowed = allowed_errors(
-            models.huggingface,
-            lambda model: torch_gradients(model, tokens_BT),
-            name,
-            FLOOR[name],
-            backwards=True,
-        )
+    _, errors, allowed = relative_errors(
+        ours, models, lambda model: torch_gradients(model, tokens_BT), name, backwards=True
+    )
     return [
-        bounded_each(f"gradients, JAX - {model}", found, ours, allowed, name)
+        # Nearest to the loss first, since from there a fault spreads.
+        bounded_each(
+            f"gradients, JAX - {model}", dict(reversed(found.items())), ours, allowed, name
+        )
         for model, found in errors.items()
     ]
 
@@ -72,15 +56,7 @@ def jax_gradients(
     model = GPT2(without_dropout(config), dtype=dtype)
     gradient = jax.jit(jax.grad(functools.partial(batch_loss, model=model)))
     grads = gradient(params, jnp.asarray(tokens_BT, jnp.int32), jax.random.key(0))
-    return named(grads, config)
-
-
-def named(tree: Params, config: GPT2Config) -> dict[str, np.ndarray]:
-    """A tree like the parameters' under Hugging Face's names, a tied head once."""
-    state = state_dict_from_params(tree, config)
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return state
+    return stored_state_dict(grads, config)
 
 
 def torch_gradients(model: torch.nn.Module, tokens_BT: np.ndarray) -> Gradients:

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import pytest
 
 from gpt2_jax.config import GPT2Config
-from parity.activations import FLOOR, SITES, check_activations
+from parity.activations import SITES, check_activations
 from parity.models import Models, random_models, random_tokens
 from parity.outcomes import Prove
+from parity.rounding import FLOOR
 
 TINY = GPT2Config(
     vocab_size=97, n_positions=16, n_embd=36, n_layer=2, n_head=3, eos_token_id=None

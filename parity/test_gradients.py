@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from gpt2_jax.config import GPT2Config
-from parity.gradients import FLOOR, check_gradients, jax_gradients
+from parity.gradients import check_gradients, jax_gradients
 from parity.models import Models, random_models, random_tokens
 from parity.outcomes import Prove
+from parity.rounding import FLOOR
 
 SMALL = GPT2Config(
     vocab_size=131, n_positions=40, n_embd=32, n_layer=2, n_head=4, eos_token_id=None

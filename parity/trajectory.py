@@ -1,5 +1,6 @@
 """The same training run in JAX and in PyTorch: same weights, data, schedule; step by step."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from gpt2_jax.data.dataset import PYTHON_DOCUMENTATION, open_dataset
 from gpt2_jax.data.text import python_documentation
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import written_beside
+from gpt2_jax.interop.huggingface import stored_state_dict
 from gpt2_jax.model import GPT2
 from gpt2_jax.training.engine import make_engine
 from gpt2_jax.training.mesh import make_layout
@@ -29,7 +31,7 @@ from gpt2_jax.training.settings import (
 )
 from gpt2_jax.training.step import TrainState, train_step
 from parity.adamw import TorchAdamW, global_norm
-from parity.gradients import Gradients, named, without_dropout
+from parity.gradients import Gradients, without_dropout
 from parity.models import Models
 from parity.outcomes import Check
 from parity.reference import ReferenceGPT2
@@ -108,12 +110,12 @@ def train_in_jax(models: Models, settings: TrainSettings, batches: Batches) -> C
         state, metrics = engine.step(state, jnp.asarray(tokens_NBT), key)
         losses.append(float(metrics.loss))
         norms.append(float(metrics.grad_norm))
-    return Curve(losses, norms, named(jax.device_get(state.params), models.config))
+    return Curve(losses, norms, stored_state_dict(jax.device_get(state.params), models.config))
 
 
 def train_in_torch(models: Models, settings: TrainSettings, batches: Batches) -> Curve:
     """Trains the reference as build-nanogpt does."""
-    model = _copy_of(models)
+    model = copy.deepcopy(models.reference)
     optimizer = TorchAdamW(model, settings.optimizer, settings.steps)
     passes = settings.data.batch_size // settings.data.micro_batch_size
     losses, norms = [], []
@@ -188,7 +190,7 @@ def llm_c_curves(
         ours.losses.append(float(metrics.loss))
         ours.norms.append(float(metrics.grad_norm))
 
-    model = _copy_of(models)
+    model = copy.deepcopy(models.reference)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
     )
@@ -201,7 +203,7 @@ def llm_c_curves(
         theirs.norms.append(float(global_norm(model.parameters())))
         optimizer.step()
     return (
-        dataclasses.replace(ours, parameters=named(state.params, models.config)),
+        dataclasses.replace(ours, parameters=stored_state_dict(state.params, models.config)),
         dataclasses.replace(theirs, parameters=_parameters_of(model)),
     )
 
@@ -236,13 +238,6 @@ def plot_trajectory(ours: Curve, theirs: Curve, path: Path, title: str) -> None:
             figure.savefig(scratch, format="png", dpi=120)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another file") from None
-
-
-def _copy_of(models: Models) -> ReferenceGPT2:
-    """The reference, to be trained; without dropout."""
-    model = ReferenceGPT2(without_dropout(models.config))
-    model.load_state_dict(models.reference.state_dict())
-    return model
 
 
 def _parameters_of(model: ReferenceGPT2) -> Gradients:

@@ -108,14 +108,12 @@ def validate(
         none of them.
     """
     tokens_BT = np.array([prompts.read])
-    logits = (
-        checks.jax_logits(models, tokens_BT)[0],
-        checks.torch_logits(models, tokens_BT)["Hugging Face"][0],
-    )
+    ours_BTV = checks.jax_logits(models, tokens_BT)
+    theirs_BTV = checks.torch_logits(models, tokens_BT)
     ours, theirs = checks.greedy_texts(models, prompts.continued, max_new_tokens)
     found = [
         checks.check_state_dict(models),
-        *checks.check_logits(models, tokens_BT),
+        *checks.compare_logits(ours_BTV, theirs_BTV),
         *checks.check_loss(models, tokens_BT),
         checks.compare_tokens("greedy tokens", ours, theirs),
     ]
@@ -128,6 +126,7 @@ def validate(
         training_checks, curves = _train(models, training_steps)
         found += training_checks
     greedy = _greedy_text(prompts.continued, ours, theirs)
+    logits = ours_BTV[0], theirs_BTV["Hugging Face"][0]
     return Validation(title, found, differences, logits, greedy, curves)
 
 

@@ -15,7 +15,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import directory_written_beside, write_text
 from gpt2_jax.interop import model_directory, weight_files
-from gpt2_jax.interop.huggingface import config_to_json, state_dict_from_params
+from gpt2_jax.interop.huggingface import config_to_json, stored_state_dict
 from gpt2_jax.model import Params
 
 Dtype = Literal["float32", "bfloat16"]
@@ -83,9 +83,7 @@ def write_model_files(
       SafetensorError: if the weights cannot.
     """
     numpy_dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
-    state = state_dict_from_params(params, config)
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
+    state = stored_state_dict(params, config)
     # safetensors writes an array's memory as it lies there, strides or not.
     state = {name: np.ascontiguousarray(array, numpy_dtype) for name, array in state.items()}
     save_file(state, directory / weight_files.SAFETENSORS, metadata={"format": "pt"})

@@ -159,6 +159,14 @@ def state_dict_from_params(params: Params, config: GPT2Config) -> dict[str, np.n
     return state
 
 
+def stored_state_dict(params: Params, config: GPT2Config) -> dict[str, np.ndarray]:
+    """The same as a file stores it: without a tied head, which is the embedding."""
+    state = state_dict_from_params(params, config)
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return state
+
+
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """Every weight's Hugging Face name without prefix, and its shape without padding."""
     return dict(_expected_shapes(config))
