@@ -69,15 +69,17 @@ class CausalSelfAttention(nn.Module):
     config: GPT2Config
     dtype: DTypeLike
     implementation: Implementation | None = None
+    lora_dropout: float = 0.0
 
     def setup(self) -> None:
         """Declares the submodules."""
-        config = self.config
+        config, dropout = self.config, self.lora_dropout
         stddev = config.initializer_range
         # Each block adds two branches to the residual stream. Scaling their last matrices by
         # 1/sqrt(2L) keeps the stream's variance independent of depth (GPT-2 paper, 2.3).
-        self.c_attn = Linear(3 * config.n_embd, stddev, self.dtype)
-        self.c_proj = Linear(config.n_embd, stddev / (2 * config.n_layer) ** 0.5, self.dtype)
+        last_stddev = stddev / (2 * config.n_layer) ** 0.5
+        self.c_attn = Linear(3 * config.n_embd, stddev, self.dtype, dropout)
+        self.c_proj = Linear(config.n_embd, last_stddev, self.dtype, dropout)
         self.attn_dropout = nn.Dropout(config.attn_pdrop)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
@@ -103,9 +105,9 @@ class CausalSelfAttention(nn.Module):
         B, T, D = x_BTD.shape
         heads = (B, T, self.config.n_head, self.config.head_width)
         # Heads before positions: each head's product is then one contiguous matrix product.
+        qkv_BTF = self.c_attn(x_BTD, deterministic=deterministic)
         q_BHTK, k_BHTK, v_BHTK = (
-            part_BTD.reshape(heads).swapaxes(1, 2)
-            for part_BTD in jnp.split(self.c_attn(x_BTD), 3, axis=-1)
+            part_BTD.reshape(heads).swapaxes(1, 2) for part_BTD in jnp.split(qkv_BTF, 3, axis=-1)
         )
         # Sown values are kept only when a caller asks for "intermediates", as parity/ does.
         for name, part_BHTK in (("q", q_BHTK), ("k", k_BHTK), ("v", v_BHTK)):
@@ -126,7 +128,7 @@ class CausalSelfAttention(nn.Module):
             y_BHTK = self._plain("BH", q_BHTK, k_BHTK, v_BHTK, mask_11TS, deterministic)
         y_BTD = y_BHTK.swapaxes(1, 2).reshape(B, T, D)
         self.sow("intermediates", "mixed", y_BTD)
-        y_BTD = self.c_proj(y_BTD)
+        y_BTD = self.c_proj(y_BTD, deterministic=deterministic)
         return self.resid_dropout(y_BTD, deterministic=deterministic), cache
 
     def _use_cudnn(self, deterministic: bool) -> bool:

@@ -33,21 +33,24 @@ class MLP(nn.Module):
 
     config: GPT2Config
     dtype: DTypeLike
+    lora_dropout: float = 0.0
 
     def setup(self) -> None:
         """Declares the submodules."""
-        config = self.config
+        config, dropout = self.config, self.lora_dropout
         stddev = config.initializer_range
-        self.c_fc = Linear(config.mlp_width, stddev, self.dtype)
-        self.c_proj = Linear(config.n_embd, stddev / (2 * config.n_layer) ** 0.5, self.dtype)
+        last_stddev = stddev / (2 * config.n_layer) ** 0.5
+        self.c_fc = Linear(config.mlp_width, stddev, self.dtype, dropout)
+        self.c_proj = Linear(config.n_embd, last_stddev, self.dtype, dropout)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def __call__(self, x_BTD: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Maps [B, T, D] to the branch's output [B, T, D]."""
-        hidden_BTF = self.c_fc(x_BTD).astype(jnp.float32)
+        hidden_BTF = self.c_fc(x_BTD, deterministic=deterministic).astype(jnp.float32)
         hidden_BTF = ACTIVATIONS[self.config.activation_function](hidden_BTF)
         self.sow("intermediates", "activation", hidden_BTF)
-        return self.dropout(self.c_proj(hidden_BTF), deterministic=deterministic)
+        y_BTD = self.c_proj(hidden_BTF, deterministic=deterministic)
+        return self.dropout(y_BTD, deterministic=deterministic)
 
 
 class Block(nn.Module):
@@ -56,13 +59,15 @@ class Block(nn.Module):
     config: GPT2Config
     dtype: DTypeLike
     implementation: Implementation | None = None
+    lora_dropout: float = 0.0
 
     def setup(self) -> None:
         """Declares the submodules."""
-        self.ln_1 = LayerNorm(self.config.layer_norm_epsilon)
-        self.attn = CausalSelfAttention(self.config, self.dtype, self.implementation)
-        self.ln_2 = LayerNorm(self.config.layer_norm_epsilon)
-        self.mlp = MLP(self.config, self.dtype)
+        config, dtype, dropout = self.config, self.dtype, self.lora_dropout
+        self.ln_1 = LayerNorm(config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config, dtype, self.implementation, dropout)
+        self.ln_2 = LayerNorm(config.layer_norm_epsilon)
+        self.mlp = MLP(config, dtype, dropout)
 
     def __call__(
         self,

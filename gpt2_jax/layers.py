@@ -10,21 +10,34 @@ from gpt2_jax.precision import einsum
 
 
 class Linear(nn.Module):
-    """y = x W + b, with W stored (in, out): Hugging Face's `Conv1D`, Flax's `Dense`."""
+    """y = x W + b, with W stored (in, out): Hugging Face's `Conv1D`, Flax's `Dense`.
+
+    An adapter in the collection "lora" adds x A B, see `gpt2_jax.lora`.
+    """
 
     features: int
     stddev: float
     dtype: DTypeLike
+    lora_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Maps [B, T, in] to [B, T, features] in the compute dtype."""
+    def __call__(self, x_BTD: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Maps [B, T, in] to [B, T, features] in the compute dtype.
+
+        Unless `deterministic`, A sees x through dropout (rng "dropout").
+        """
         if self.has_variable("packed", "kernel"):
             y_BTF = project(x_BTD, self.get_variable("packed", "kernel"), self.dtype)
         else:
             shape = (x_BTD.shape[-1], self.features)
             kernel_DF = self.param("kernel", nn.initializers.normal(self.stddev), shape)
             y_BTF = einsum("BTD,DF->BTF", x_BTD, kernel_DF, self.dtype)
+        if self.has_variable("lora", "lora_a"):
+            a_DR: jax.Array = self.get_variable("lora", "lora_a")
+            b_RF: jax.Array = self.get_variable("lora", "lora_b")
+            x_BTD = nn.Dropout(self.lora_dropout)(x_BTD, deterministic=deterministic)
+            narrow_BTR = einsum("BTD,DR->BTR", x_BTD, a_DR, self.dtype)
+            y_BTF = y_BTF + einsum("BTR,RF->BTF", narrow_BTR, b_RF, self.dtype)
         bias_F = self.param("bias", nn.initializers.zeros, (self.features,))
         return (y_BTF + bias_F[None, None, :]).astype(self.dtype)
 

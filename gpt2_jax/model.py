@@ -15,7 +15,7 @@ Shapes: B batch, T sequence, D width, F MLP width, V vocabulary, L layers.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,6 +29,17 @@ from gpt2_jax.layers import Embedding, LayerNorm
 from gpt2_jax.packed import PackedParams
 
 Params = dict[str, Any]
+
+
+class AdaptedParams(NamedTuple):
+    """Parameters with an adapter beside them, each the Flax collection of its name.
+
+    Made by `gpt2_jax.lora.adapt`.
+    """
+
+    params: Params
+    lora: Params
+
 
 Remat = Literal["none", "dots", "block"]
 """Memory of the backward pass for a block, from most to least: everything; the results of the
@@ -50,6 +61,8 @@ class GPT2(nn.Module):
     """attention implementation; None chooses by platform and dtype"""
     remat: Remat = "none"
     """what the backward pass computes again instead of remembering it, see `Remat`"""
+    lora_dropout: float = 0.0
+    """dropout before an adapter, where there is one"""
 
     def setup(self) -> None:
         """Declares the submodules."""
@@ -59,7 +72,10 @@ class GPT2(nn.Module):
         self.wte = Embedding(rows, size, stddev, self.dtype, padded)
         self.wpe = Embedding(config.n_positions, size, stddev, self.dtype)
         self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = [Block(config, self.dtype, self.implementation) for _ in range(config.n_layer)]
+        self.h = [
+            Block(config, self.dtype, self.implementation, self.lora_dropout)
+            for _ in range(config.n_layer)
+        ]
         self.ln_f = LayerNorm(config.layer_norm_epsilon)
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(rows, size, stddev, self.dtype, padded)
@@ -130,13 +146,15 @@ class GPT2(nn.Module):
         return head.logits(x_BTD)
 
 
-def apply(model: GPT2, params: Params | PackedParams, *args: Any, **kwargs: Any) -> Any:
-    """`model.apply` on bare or packed parameters: `apply(model, params, tokens_BT)` gives logits.
+def apply(
+    model: GPT2, params: Params | PackedParams | AdaptedParams, *args: Any, **kwargs: Any
+) -> Any:
+    """`model.apply` on parameters of any kind: `apply(model, params, tokens_BT)` gives logits.
 
     Other methods by name, `apply(model, params, x_BTD, method="logits")`; dropout with
     `deterministic=False, rngs={"dropout": key}`.
     """
-    variables = params._asdict() if isinstance(params, PackedParams) else {"params": params}
+    variables = {"params": params} if isinstance(params, dict) else params._asdict()
     return model.apply(variables, *args, **kwargs)
 
 

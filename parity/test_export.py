@@ -24,7 +24,8 @@ from gpt2_jax.generation.decode import generate
 from gpt2_jax.interop.export import export_model
 from gpt2_jax.interop.model_directory import own_fields
 from gpt2_jax.interop.tokenizer_files import gpt2_files, tokenizer_files
-from gpt2_jax.lora import LoraSettings, lora_shapes, merge
+from gpt2_jax.lora import lora_shapes, merge
+from gpt2_jax.lora_settings import LoraSettings
 from gpt2_jax.sources import load_source
 from parity.checks import check_logits, check_state_dict, compare_tokens
 from parity.models import Models, random_models, random_tokens

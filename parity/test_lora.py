@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from gpt2_jax.lora import TARGETS, LoraSettings, lora_shapes, merge
+from gpt2_jax.lora import lora_shapes, merge
+from gpt2_jax.lora_settings import TARGETS, LoraSettings
 from gpt2_jax.model import GPT2, apply
 from parity.checks import LOGITS_BOUND
 from parity.models import Models, random_tokens

@@ -11,7 +11,8 @@ from flax import traverse_util
 
 from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.errors import UserError
-from gpt2_jax.lora import TARGETS, LoraSettings, adapted_layers, lora_shapes, merge
+from gpt2_jax.lora import lora_shapes, merge
+from gpt2_jax.lora_settings import TARGETS, LoraSettings, adapted_layers
 from gpt2_jax.model import param_shapes
 
 PATTERNED = LoraSettings(

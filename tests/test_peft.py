@@ -14,7 +14,8 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop.huggingface import config_to_json, state_dict_from_params
 from gpt2_jax.interop.peft import load_adapter
-from gpt2_jax.lora import adapted_layers, merge
+from gpt2_jax.lora import merge
+from gpt2_jax.lora_settings import LoraSettings, adapted_layers
 from gpt2_jax.sources import load_source
 
 ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
@@ -213,7 +214,6 @@ def test_names_mean_the_layers_they_mean_to_peft(tmp_path, tiny_config, fields, 
         *(("init_lora_weights", init) for init in (False, None, "gaussian", "orthogonal", "mica")),
         ("fan_in_fan_out", False),
         ("task_type", None),
-        ("lora_dropout", 0.5),
         ("auto_mapping", {"base_model_class": "GPT2LMHeadModel"}),
         ("loftq_config", {"loftq_bits": 4}),
         ("rank_pattern", None),
@@ -230,6 +230,49 @@ def test_what_changes_no_result_is_accepted(tmp_path, adapter, tiny_config, fiel
     )
     assert settings == plain_settings
     jax.tree.map(np.testing.assert_array_equal, lora, plain)
+
+
+@pytest.mark.parametrize(("field", "dropout"), [(0.5, 0.5), (0, 0.0), (..., 0.0)], ids=str)
+def test_dropout_is_read(tmp_path, tiny_config, field, dropout):
+    state = tensors(dict.fromkeys(every("attn.c_attn"), 4))
+    _, settings = load_adapter(write(tmp_path / "adapter", state, lora_dropout=field), tiny_config)
+    assert settings.dropout == dropout
+
+
+@pytest.mark.parametrize(
+    ("modules", "fields", "expected"),
+    [
+        (every("attn.c_attn"), {}, LoraSettings(rank=4, alpha=6.0, dropout=0.05)),
+        (
+            every(*ALL),
+            {"rank_pattern": {"c_fc": 4}, "alpha_pattern": {r"h\.0\.mlp\..*": 2, "attn.c_proj": 3}},
+            LoraSettings(
+                targets=tuple(ALL),
+                rank=4,
+                alpha=6.0,
+                alpha_pattern=(
+                    ("attn.c_proj", 3.0),
+                    ("h_0.mlp.c_fc", 2.0),
+                    ("h_0.mlp.c_proj", 2.0),
+                ),
+                dropout=0.05,
+            ),
+        ),
+        (
+            [*every("attn.c_attn"), "h.1.mlp.c_fc"],
+            {},
+            LoraSettings(("attn.c_attn", "h_1.mlp.c_fc"), rank=4, alpha=6.0, dropout=0.05),
+        ),
+    ],
+    ids=["one target", "patterns", "one block's layer"],
+)
+def test_settings_name_layers_as_briefly_as_can_be(
+    tmp_path, tiny_config, modules, fields, expected
+):
+    state = tensors(dict.fromkeys(modules, 4))
+    directory = write(tmp_path / "adapter", state, target_modules=modules, **fields)
+    _, settings = load_adapter(directory, tiny_config)
+    assert settings == expected
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
@@ -310,6 +353,11 @@ WRONG_VALUES = {
     "lora_alpha=nan must": {"lora_alpha": math.nan},
     "lora_alpha=inf must": {"lora_alpha": math.inf},
     "lora_alpha='6' must": {"lora_alpha": "6"},
+    "lora_dropout=1.0 must be a number from 0 to less than 1": {"lora_dropout": 1.0},
+    "lora_dropout=-0.1 must": {"lora_dropout": -0.1},
+    "lora_dropout=nan must": {"lora_dropout": math.nan},
+    "lora_dropout='0' must": {"lora_dropout": "0"},
+    "lora_dropout=None must": {"lora_dropout": None},
     "use_rslora='yes' must be true or false": {"use_rslora": "yes"},
     "target_modules=3 must be": {"target_modules": 3},
     "target_modules=['c_attn', 1] must be": {"target_modules": ["c_attn", 1]},

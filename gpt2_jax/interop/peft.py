@@ -5,7 +5,7 @@ PEFT keeps a linear layer's two matrices as PyTorch keeps weights, (out, in):
     base_model.model.transformer.h.0.attn.c_attn.lora_A.weight [R, I]  =  h_0/attn/c_attn/lora_a.T
     base_model.model.transformer.h.0.attn.c_attn.lora_B.weight [O, R]  =  h_0/attn/c_attn/lora_b.T
 
-`peft_config` tells what the config's fields mean.
+`peft_config` tells what the config's fields mean, `peft_names` what names stand for.
 """
 
 import dataclasses
@@ -15,24 +15,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
-from gpt2_jax.files import read_text
+from gpt2_jax.files import directory_written_beside, read_text, write_text
 from gpt2_jax.interop import weight_files
-from gpt2_jax.interop.peft_config import checked_fields, module_name, settings_from_json
-from gpt2_jax.lora import Lora, LoraSettings, lora_shapes
-
-CONFIG = "adapter_config.json"
-SAFETENSORS = "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
-PREFIX = "base_model.model."
-
-_MATRICES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+from gpt2_jax.interop.peft_config import checked_fields, settings_from_json
+from gpt2_jax.interop.peft_names import CONFIG, PICKLE, SAFETENSORS, tensor_name
+from gpt2_jax.interop.peft_write import check_output, settings_to_json
+from gpt2_jax.lora import Lora, lora_shapes
+from gpt2_jax.lora_settings import LoraSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +58,47 @@ def load_adapter(directory: Path, config: GPT2Config) -> tuple[Lora, LoraSetting
         fit the model.
     """
     return fit_adapter(read_adapter(directory), config)
+
+
+def save_adapter(
+    directory: Path,
+    lora: Lora,
+    settings: LoraSettings,
+    config: GPT2Config,
+    *,
+    base: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Makes a directory that PEFT's `PeftModel.from_pretrained` opens, and `load_adapter`.
+
+    It appears whole, or what was there stays. `load_adapter` gives the same arrays back bit for
+    bit, and equal settings if they are named as it names them: "attn.c_attn" for a layer of each
+    block, "h_0.attn.c_attn" for that of one. Otherwise it gives settings that mean the same.
+
+    Args:
+      directory: may exist if it is empty, or holds an adapter alone and `overwrite` is set.
+      lora: float32, of `lora_shapes(config, settings)`.
+      settings: those of the adapter.
+      config: the base model.
+      base: where PEFT is to look for it, a hub's name or a directory; None leaves it open.
+      overwrite: whether an adapter that is there is replaced.
+
+    Raises:
+      UserError: naming a tensor that does not fit the settings and the model or is not finite;
+        or if the directory holds anything else, or cannot be written.
+    """
+    state = _state_of(lora, settings, config)
+    fields = settings_to_json(settings, config, base)
+    check_output(directory, overwrite)
+    try:
+        with directory_written_beside(directory.resolve()) as scratch:
+            save_file(state, scratch / SAFETENSORS, metadata={"format": "pt"})
+            write_text(scratch / CONFIG, json.dumps(fields, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk in its own way
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot write adapter {directory}: {reason}; make room or give another directory"
+        ) from None
 
 
 def read_adapter(directory: Path) -> AdapterFiles:
@@ -108,14 +146,13 @@ def fit_adapter(files: AdapterFiles, config: GPT2Config) -> tuple[Lora, LoraSett
             f"n_embd={config.n_embd}): {'; '.join(problems)}; give the source it was trained on, "
             f"and a complete adapter"
         )
-    lora = {path: _finite(tensor_name(path), files).T for path in shapes}
+    source = f"adapter {files.directory}"
+    names = {path: tensor_name(path) for path in shapes}
+    lora = {
+        path: jnp.asarray(_finite(source, name, files.state[name]).T)
+        for path, name in names.items()
+    }
     return traverse_util.unflatten_dict(lora, sep="."), settings
-
-
-def tensor_name(path: str) -> str:
-    """h_0.attn.c_attn.lora_a -> base_model.model.transformer.h.0.attn.c_attn.lora_A.weight."""
-    layer, _, matrix = path.rpartition(".")
-    return f"{PREFIX}{module_name(layer)}.{_MATRICES[matrix]}"
 
 
 def _misfits(state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -135,16 +172,34 @@ def _misfits(state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, 
     ]
 
 
-def _finite(name: str, files: AdapterFiles) -> jax.Array:
+def _finite(source: str, name: str, array: np.ndarray) -> np.ndarray:
     """A tensor in float32, checked."""
     with np.errstate(over="ignore"):  # a float64 too large becomes infinity, and that is told
-        array = np.asarray(files.state[name], np.float32)
+        array = np.asarray(array, np.float32)
     if not np.isfinite(array).all():
         raise UserError(
-            f"adapter {files.directory} is unusable: {name} holds NaN or infinity; "
+            f"{source} is unusable: {name} holds NaN or infinity; "
             f"give one from before its training broke down"
         )
-    return jnp.asarray(array)
+    return array
+
+
+def _state_of(lora: Lora, settings: LoraSettings, config: GPT2Config) -> weight_files.StateDict:
+    """The adapter's tensors by PEFT's names, float32, checked."""
+    shapes = traverse_util.flatten_dict(lora_shapes(config, settings), sep=".")
+    flat = traverse_util.flatten_dict(lora, sep=".")
+    problems = _misfits(flat, {path: leaf.shape for path, leaf in shapes.items()})
+    if problems:
+        raise UserError(
+            f"the adapter does not fit its settings (rank={settings.rank}, "
+            f"targets={settings.targets}) and the model (n_layer={config.n_layer}, "
+            f"n_embd={config.n_embd}): {'; '.join(problems)}; give those it was trained with"
+        )
+    # safetensors writes an array's memory as it lies there, strides or not.
+    return {
+        tensor_name(path): np.ascontiguousarray(_finite("the adapter", path, flat[path]).T)
+        for path in shapes
+    }
 
 
 def _described(files: AdapterFiles) -> str:

@@ -2,11 +2,24 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from gpt2_jax.config import GPT2Config, check_positive_int
+from gpt2_jax.config import GPT2Config, check_positive_int, is_number
 from gpt2_jax.errors import UserError
-from gpt2_jax.lora import TARGETS, LoraSettings, check_positive_number, is_named, linear_layers
+from gpt2_jax.interop.peft_names import (
+    ending,
+    matches,
+    module_name,
+    pattern_of,
+    pattern_value,
+    shortened,
+)
+from gpt2_jax.lora_settings import (
+    TARGETS,
+    LoraSettings,
+    check_positive_number,
+    linear_layers,
+)
 
 # Fields with only some values supported: the rest train other weights or compute otherwise.
 _FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
@@ -23,6 +36,7 @@ _READ_FIELDS: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 8,
     "use_rslora": False,
+    "lora_dropout": 0.0,
     "rank_pattern": {},
     "alpha_pattern": {},
     "target_modules": ["c_attn"],
@@ -42,7 +56,6 @@ _INERT_FIELDS = (
     "fan_in_fan_out",
     "inference_mode",
     "loftq_config",
-    "lora_dropout",
     "lora_ga_config",
     "megatron_core",
     "peft_version",
@@ -54,8 +67,6 @@ _KNOWN_FIELDS = {*_FIXED_FIELDS, *_READ_FIELDS, *_INERT_FIELDS}
 
 # What PEFT can adapt in a GPT-2 besides the linear layers of its blocks.
 _OTHER_MODULES = ("transformer.wte", "transformer.wpe", "lm_head")
-
-_Value = TypeVar("_Value", int, float)
 
 
 def checked_fields(fields: Any, source: str) -> dict[str, Any]:
@@ -110,21 +121,17 @@ def settings_from_json(fields: Mapping[str, Any], config: GPT2Config, source: st
     """
     layers = _targeted(fields, config, source)
     rank, alpha = fields["r"], fields["lora_alpha"]
-    ranks = {layer: _pattern_value(fields["rank_pattern"], layer, rank) for layer in layers}
-    alphas = {layer: _pattern_value(fields["alpha_pattern"], layer, alpha) for layer in layers}
+    ranks = {layer: pattern_value(fields["rank_pattern"], layer, rank) for layer in layers}
+    alphas = {layer: pattern_value(fields["alpha_pattern"], layer, alpha) for layer in layers}
     return LoraSettings(
-        targets=tuple(layers),
+        targets=tuple(shortened(dict.fromkeys(layers, True), config.n_layer)),
         rank=rank,
         alpha=alpha,
         rs_lora=fields["use_rslora"],
-        rank_pattern=tuple((name, value) for name, value in ranks.items() if value != rank),
-        alpha_pattern=tuple((name, value) for name, value in alphas.items() if value != alpha),
+        rank_pattern=pattern_of(ranks, rank, config.n_layer),
+        alpha_pattern=pattern_of(alphas, alpha, config.n_layer),
+        dropout=fields["lora_dropout"],
     )
-
-
-def module_name(layer: str) -> str:
-    """h_0.attn.c_attn -> transformer.h.0.attn.c_attn, as PEFT sees it."""
-    return "transformer." + re.sub(r"^h_", "h.", layer)
 
 
 def _targeted(fields: Mapping[str, Any], config: GPT2Config, source: str) -> list[str]:
@@ -140,10 +147,10 @@ def _targeted(fields: Mapping[str, Any], config: GPT2Config, source: str) -> lis
     found = [
         layer
         for layer in linear_layers(config)
-        if _matches(targets, module_name(layer))
+        if matches(targets, module_name(layer))
         # PEFT lets the choice of blocks bear on shortened names alone.
         and (chosen is None or _block(layer) in chosen or module_name(layer) in targets)
-        and not (exclude and _matches(exclude, module_name(layer)))
+        and not (exclude and matches(exclude, module_name(layer)))
     ]
     if not found:
         raise UserError(
@@ -158,10 +165,10 @@ def _check_targets(targets: str | list[str], config: GPT2Config, source: str) ->
     for target in [targets] if isinstance(targets, str) else targets:
         names = targets if isinstance(targets, str) else [target]
         for module in _OTHER_MODULES:
-            if _matches(names, module):
+            if matches(names, module):
                 rule = f"it adapts {module}, but only linear layers of the blocks can be adapted"
                 raise _not_supported(source, "target_modules", target, rule)
-        if not any(_matches(names, module_name(layer)) for layer in linear_layers(config)):
+        if not any(matches(names, module_name(layer)) for layer in linear_layers(config)):
             raise UserError(
                 f"{source}: target_modules has {target!r}, which is no linear layer of the model; "
                 f"it has {', '.join(TARGETS)} in its blocks h.0 to h.{config.n_layer - 1}"
@@ -187,28 +194,12 @@ def _block(layer: str) -> int:
     return int(layer.partition(".")[0].removeprefix("h_"))
 
 
-def _matches(names: str | list[str], module: str) -> bool:
-    """PEFT's rule: a string is a regular expression, a list has names or ends of names."""
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return is_named(module, names)
-
-
-def _pattern_value(pattern: Mapping[str, _Value] | None, layer: str, default: _Value) -> _Value:
-    """PEFT's rule: the first key that fits, a regular expression of the name or its end."""
-    for key, value in (pattern or {}).items():
-        if re.match(_ending(key), module_name(layer)):
-            return value
-    return default
-
-
-def _ending(key: str) -> str:
-    return rf"(.*\.)?({key})$"
-
-
 def _check_types(fields: Mapping[str, Any]) -> None:
     check_positive_int("r", fields["r"])
     check_positive_number("lora_alpha", fields["lora_alpha"])
+    dropout = fields["lora_dropout"]
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise UserError(f"lora_dropout={dropout!r} must be a number from 0 to less than 1")
     if not isinstance(fields["use_rslora"], bool):
         raise UserError(f"use_rslora={fields['use_rslora']!r} must be true or false")
     for name in ("target_modules", "exclude_modules"):
@@ -226,7 +217,7 @@ def _check_types(fields: Mapping[str, Any]) -> None:
         if not isinstance(fields[name] or {}, dict):
             raise UserError(f"{name}={fields[name]!r} must map names to numbers")
         for key, value in (fields[name] or {}).items():
-            _check_regex(name, _ending(key))
+            _check_regex(name, ending(key))
             check = check_positive_int if name == "rank_pattern" else check_positive_number
             check(f"{name} {key!r}", value)
 
