@@ -21,23 +21,28 @@ from gpt2_jax.evaluation.hellaswag import make_hellaswag, read_items
 from gpt2_jax.files import read_text
 from gpt2_jax.generation.decode import check_prompt, generate
 from gpt2_jax.generation.sampling import Sampling
-from gpt2_jax.model import GPT2, Params
+from gpt2_jax.lora import merged
+from gpt2_jax.model import GPT2, AdaptedParams, Params
 from gpt2_jax.sources import load_source
 from gpt2_jax.training.checkpoint import Checkpoints
 from gpt2_jax.training.config_files import from_json
 from gpt2_jax.training.distributed import agree, is_primary
 from gpt2_jax.training.loop import train
 from gpt2_jax.training.mesh import Layout
+from gpt2_jax.training.resume import fingerprint
 from gpt2_jax.training.settings import SampleSettings, TrainSettings
 from gpt2_jax.training.step import TrainState
 from gpt2_jax.training.validation import Measure, Probe
 
 
-def run(settings: TrainSettings, **options: bool) -> TrainState:
+def run(
+    settings: TrainSettings, source: tuple[Params, GPT2Config] | None = None, **options: bool
+) -> TrainState:
     """Opens everything the settings name and trains.
 
     Args:
       settings: the run.
+      source: what `settings.init_from` names, where it is loaded already.
       **options: `resume`, `overwrite`, `allow_changes` and `profile` of `training.loop.train`.
 
     Returns:
@@ -46,38 +51,51 @@ def run(settings: TrainSettings, **options: bool) -> TrainState:
     Raises:
       UserError: if data, weights or settings won't do, and as `train` does.
     """
-    initial_params = None
+    params = None
     if settings.init_from is not None:
-        settings, initial_params = _start_from(settings, settings.init_from, **options)
+        settings, params = _start_from(settings, settings.init_from, source, **options)
     data = settings.data
     vocab_size = settings.model.vocab_size
     train_windows, held_out = open_dataset(data.path, data.sequence_length, vocab_size)
+    fingerprints = {"data": train_windows.fingerprint()}
+    if settings.lora is not None:
+        assert params is not None
+        fingerprints["base"] = fingerprint(params)
     return train(
         settings,
         training_batches(train_windows, data.batch_size, settings.seed),
         validation_windows(held_out, settings.validation.windows),
         probes=_probes(settings),
-        initial_params=initial_params,
-        fingerprint=train_windows.fingerprint(),
+        initial_params=params if settings.lora is None else None,
+        base=params if settings.lora is not None else None,
+        fingerprints=fingerprints,
         **options,
     )
 
 
 def _start_from(
-    settings: TrainSettings, source: str, *, overwrite: bool = False, **_: bool
+    settings: TrainSettings,
+    name: str,
+    source: tuple[Params, GPT2Config] | None,
+    *,
+    overwrite: bool = False,
+    **_: bool,
 ) -> tuple[TrainSettings, Params | None]:
     """Weights from elsewhere, and the settings with their architecture.
 
-    A run that has checkpoints needs the weights no more: they may be gone.
+    A run that has checkpoints needs the weights no more, unless it trains an adapter: they may be
+    gone.
     """
     run_dir = Path(settings.run_dir)
     stored = run_dir / "config.json"
     begun = not overwrite and stored.exists() and bool(Checkpoints(run_dir).finished())
     params = None
-    if agree(begun):
+    if source is not None:
+        params, config = source
+    elif agree(begun) and settings.lora is None:
         config = from_json(read_text(stored), str(stored)).model
     else:
-        params, config = load_source(source)
+        params, config = load_source(name)
     mine = settings.model
     config = dataclasses.replace(
         config,
@@ -89,12 +107,12 @@ def _start_from(
     try:
         settings = dataclasses.replace(settings, model=config)
     except UserError as error:
-        raise UserError(f"--init_from {source}: {error}") from None
+        raise UserError(f"--init_from {name}: {error}") from None
     if params is None:
         return settings, None
-    if config != mine and is_primary():
+    if source is None and config != mine and is_primary():
         print(
-            f"starting from {source}: {config.parameter_count:,} parameters in {config.n_layer} "
+            f"starting from {name}: {config.parameter_count:,} parameters in {config.n_layer} "
             f"layers, an architecture other than the config's",
             file=sys.stderr,
         )
@@ -134,7 +152,7 @@ def _probes(settings: TrainSettings) -> list[Probe]:
         def make(model: GPT2, layout: Layout) -> Measure:
             score = make_hellaswag(model, items, layout.rows, layout.put_rows, layout.replicated)
 
-            def measure(params: Params) -> dict[str, Any]:
+            def measure(params: Params | AdaptedParams) -> dict[str, Any]:
                 result = score(params)
                 return {"hellaswag_acc": result.acc, "hellaswag_acc_norm": result.acc_norm}
 
@@ -158,9 +176,9 @@ def _make_samples(
     """Texts from a prompt, the same in all processes."""
     sampling = Sampling(top_k=50)
     # Each process writes them all by itself, on one device with a copy of the parameters.
-    gather = jax.jit(lambda params: params, out_shardings=layout.replicated)
+    gather = jax.jit(_merged, out_shardings=layout.replicated)
 
-    def measure(params: Params) -> dict[str, Any]:
+    def measure(params: Params | AdaptedParams) -> dict[str, Any]:
         local = jax.tree.map(lambda leaf: leaf.addressable_data(0), gather(params))
         texts = generate(
             local,
@@ -174,3 +192,7 @@ def _make_samples(
         return {"samples": [tokenizer.decode(prompt + text) for text in texts]}
 
     return measure
+
+
+def _merged(params: Params | AdaptedParams) -> Params:
+    return merged(params) if isinstance(params, AdaptedParams) else params

@@ -106,7 +106,13 @@ def _load_run(run_dir: Path) -> tuple[Params, GPT2Config]:
     from gpt2_jax.training.config_files import from_json
 
     file = run_dir / "config.json"
-    config = from_json(file.read_text(encoding="utf-8"), str(file)).model
+    settings = from_json(file.read_text(encoding="utf-8"), str(file))
+    if settings.lora is not None:
+        raise UserError(
+            f"{run_dir} trained an adapter; give its base, --source {settings.init_from}, and "
+            f"--lora {run_dir / 'adapter'}"
+        )
+    config = settings.model
     if not (run_dir / "checkpoints").is_dir():
         raise UserError(f"{run_dir} has no checkpoints yet; train the run until it saves one")
     return Checkpoints(run_dir).restore_params(param_shapes(config)), config

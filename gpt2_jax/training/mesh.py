@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import Params
+from gpt2_jax.model import AdaptedParams, Params
 from gpt2_jax.training.settings import MeshSettings, TrainSettings
 
 AXES = ("data", "fsdp", "tensor")
@@ -59,12 +59,13 @@ def partition(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> Part
     """The sharding rule, for parameters and for the optimizer's moments, which mirror them.
 
     `tensor` splits the dimension that the columns of q, k and v, of the MLP, or the vocabulary lie
-    in; `fsdp` the largest one left that divides. Vectors, and what does not divide, stay whole.
+    in; `fsdp` the largest one left that divides. Vectors, adapters, and what does not divide, stay
+    whole.
     """
     spec: list[str | None] = [None] * len(shape)
-    if len(shape) < 2:
-        return PartitionSpec()
     names = [str(getattr(entry, "key", "")) for entry in path]
+    if len(shape) < 2 or names[-1].startswith("lora_"):
+        return PartitionSpec()
     split = next((_TENSOR_DIMENSION[name] for name in names if name in _TENSOR_DIMENSION), None)
     if split is not None and mesh.shape["tensor"] > 1 and shape[split] % mesh.shape["tensor"] == 0:
         spec[split] = "tensor"
@@ -103,12 +104,17 @@ class Layout:
             tree,
         )
 
-    def gather_tables(self, params: Params) -> Params:
+    def gather_tables(self, params: Params | AdaptedParams) -> Params | AdaptedParams:
         """Has the embedding tables whole on every device of `fsdp` while they are used.
 
         The compiler gathers the kernels by itself, layer by layer. Left alone with a table, it
         sends the activations around instead, which are larger.
         """
+        if isinstance(params, AdaptedParams):
+            return AdaptedParams(self._gather_tables(params.params), params.lora)
+        return self._gather_tables(params)
+
+    def _gather_tables(self, params: Params) -> Params:
 
         def gather(name: str, table: Any) -> Any:
             spec = partition((jax.tree_util.DictKey(name),), table.shape, self.mesh)

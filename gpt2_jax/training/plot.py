@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from gpt2_jax.files import written_beside
+from gpt2_jax.lora_settings import adapter_parameter_count
 from gpt2_jax.training.distributed import is_primary
 from gpt2_jax.training.metrics import Record, read_metrics
 from gpt2_jax.training.settings import TrainSettings
@@ -41,9 +42,16 @@ class LossPlot:
             plot_losses(
                 read_metrics(run_dir / "metrics.jsonl"),
                 run_dir / "loss.png",
-                f"{run_dir.name}: {self._settings.model.parameter_count:,} parameters",
+                f"{run_dir.name}: {_size(self._settings)}",
                 self._settings.validation.reference_loss,
             )
+
+
+def _size(settings: TrainSettings) -> str:
+    size = f"{settings.model.parameter_count:,} parameters"
+    if settings.lora is None:
+        return size
+    return f"{adapter_parameter_count(settings.model, settings.lora):,} trained beside {size}"
 
 
 def plot_losses(

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from gpt2_jax.errors import UserError
+from gpt2_jax.lora_settings import adapter_parameter_count
 from gpt2_jax.training.distributed import is_primary
 from gpt2_jax.training.engine import Engine
 from gpt2_jax.training.metrics import Record, records_until, rewrite
@@ -45,6 +46,10 @@ def open_recorder(
         outputs = Outputs(None)
     with outputs, ProgressDisplay(settings, engine.mfu, first, quiet=not is_primary()) as display:
         data, layout = settings.data, engine.layout
+        if settings.lora is not None:
+            count = adapter_parameter_count(settings.model, settings.lora)
+            base = f"the {settings.model.parameter_count:,} frozen ones of {settings.init_from}"
+            display.say(f"training {count:,} parameters beside {base}")
         display.say(
             f"{data.tokens_per_step:,} tokens a step = "
             f"{data.micro_batch_size} sequences x {data.sequence_length:,} tokens x "
@@ -100,11 +105,11 @@ class Recorder:
         self.flush()
         self._outputs.sync()
 
-    def finish(self, stopped: str | None) -> None:
-        """Records what is held back and says how the run ended, if not by its last step."""
+    def finish(self, ending: str | None) -> None:
+        """Records what is held back and says why the run ended, if not by its last step."""
         self.flush()
-        if stopped is not None:
-            self._display.say(f"{stopped}; the same command goes on from there")
+        if ending is not None:
+            self._display.say(ending)
         self._display.say(self.stopwatch.report())
 
     def push(self, step: int, values: StepMetrics | Record) -> None:

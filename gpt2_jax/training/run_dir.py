@@ -4,6 +4,7 @@ RUN_DIR/config.json     every setting; the mark of a run
         metrics.jsonl   one record a step, see `gpt2_jax.training.metrics`
         loss.png        drawn from it
         checkpoints/    see `gpt2_jax.training.checkpoint`
+        adapter/        of a finished LoRA run, see `gpt2_jax.finetuning`
 """
 
 import contextlib
@@ -24,6 +25,7 @@ _CONTENTS = (
     "metrics.jsonl",
     "loss.png",
     "checkpoints",
+    "adapter",
     "damaged",
     "tensorboard",
     "wandb",

@@ -8,10 +8,13 @@ A file in `configs/` holds one `TrainSettings` value named `config`; flags overr
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from gpt2_jax.config import GPT2Config, check_positive_int, is_number
 from gpt2_jax.errors import UserError
+from gpt2_jax.lora_settings import LoraSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +22,8 @@ class DataSettings:
     """What the model learns from, and in what portions."""
 
     path: str = "data/shakespeare"
-    """directory of token shards (scripts/prepare_*.py), or pydoc_data.topics: Python's own docs"""
+    """directory of token shards (scripts/prepare_*.py), a text file, whose last tenth is held out,
+    or pydoc_data.topics: Python's own docs"""
     sequence_length: int = 1024
     """T, tokens in one training window; at most model.n_positions"""
     batch_size: int = 512
@@ -77,6 +81,8 @@ class ValidationSettings:
     """steps between measurements; also before the first step and after the last"""
     windows: int = 1024
     """validation windows used, always the first ones"""
+    patience: int = 0
+    """measurements in a row without a lower loss after which the run stops early; 0 for never"""
     reference_loss: float | None = None
     """loss of OpenAI's GPT-2 on the same windows, where it is known: a line in loss.png"""
 
@@ -148,6 +154,8 @@ class TrainSettings:
     init_from: str | None = None
     """weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face directory or
     a run; the architecture is then theirs, dropout and vocabulary padding stay as set here"""
+    lora: Annotated[LoraSettings | None, tyro.conf.Suppress] = None
+    """train an adapter beside frozen weights from `init_from`; None trains all parameters"""
     checkpoint_every: int = 1000
     """steps between checkpoints; also after the last step"""
     keep_checkpoints: int = 3
@@ -176,6 +184,8 @@ class TrainSettings:
         for name, allowed in _CHOICES.items():
             if _field(self, name) not in allowed:
                 raise UserError(f"{name}={_field(self, name)!r} must be {' or '.join(allowed)}")
+        if self.lora is not None and self.init_from is None:
+            raise UserError("lora needs init_from: an adapter is trained beside existing weights")
         self._check_data()
         self._check_mesh()
         self._check_optimizer()
@@ -244,7 +254,12 @@ _POSITIVE = (
     "log_every",
 )
 _TEXT = ("run_dir", "data.path", "samples.prompt", "hellaswag.path", "init_from", "wandb")
-_NOT_NEGATIVE = ("optimizer.warmup_steps", "samples.every", "hellaswag.every")
+_NOT_NEGATIVE = (
+    "optimizer.warmup_steps",
+    "validation.patience",
+    "samples.every",
+    "hellaswag.every",
+)
 _CHOICES = {"dtype": ("bfloat16", "float32"), "remat": ("none", "dots", "block")}
 
 

@@ -10,8 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt2_jax.model import GPT2, Params, apply, init_params
+from gpt2_jax.lora import init_lora
+from gpt2_jax.lora_settings import LoraSettings
+from gpt2_jax.model import GPT2, AdaptedParams, Params, apply, init_params
 from gpt2_jax.training.loss import cross_entropy
+
+Complete = Callable[[Params, Params | None], Params | AdaptedParams]
+"""(what is trained, what is frozen) -> what the model computes with"""
 
 
 class TrainState(NamedTuple):
@@ -20,6 +25,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     """int32 scalar, optimizer steps done"""
     params: Params
+    """what is trained: all parameters of the model, or an adapter"""
     opt_state: optax.OptState
 
 
@@ -41,6 +47,8 @@ def init_state(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     params: Params | None = None,
+    *,
+    lora: LoraSettings | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -49,9 +57,14 @@ def init_state(
       optimizer: from `make_optimizer`.
       key: the run's key, as given to `train_step`.
       params: parameters to start from; None draws new ones.
+      lora: what is trained is an adapter with these settings; None means all parameters.
     """
     if params is None:
-        params = init_params(model.config, _init_key(key))
+        first_key = _init_key(key)
+        if lora is None:
+            params = init_params(model.config, first_key)
+        else:
+            params = init_lora(model.config, lora, first_key)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
@@ -59,10 +72,11 @@ def train_step(
     state: TrainState,
     tokens_NBT: jax.Array,
     key: jax.Array,
+    frozen: Params | None = None,
     *,
     model: GPT2,
     optimizer: optax.GradientTransformation,
-    gather: Callable[[Params], Params] = lambda params: params,
+    complete: Complete = lambda params, _: params,
 ) -> tuple[TrainState, StepMetrics]:
     """Applies one optimizer step.
 
@@ -72,9 +86,10 @@ def train_step(
         targets are its two shifts. The gradient is that of all N x B sequences, however they
         are arranged.
       key: the run's key; dropout draws from `fold_in(key, step)`, anew in each pass.
+      frozen: parameters that stay as they are; no gradient is computed for them.
       model: the model, static under jit.
       optimizer: from `make_optimizer`, static under jit.
-      gather: says where parameters lie while they are computed with; the identity in value.
+      complete: makes of `state.params` and `frozen` what the model computes with.
 
     Returns:
       The new state and this step's metrics.
@@ -83,7 +98,7 @@ def train_step(
     step_key = jax.random.fold_in(_dropout_key(key), state.step)
 
     def pass_loss(params: Params, tokens_BT: jax.Array, pass_key: jax.Array) -> jax.Array:
-        return batch_loss(gather(params), tokens_BT, pass_key, model=model)
+        return batch_loss(complete(params, frozen), tokens_BT, pass_key, model=model)
 
     def accumulate(total, one_pass):  # type: ignore[no-untyped-def]
         tokens_BT, index = one_pass
@@ -106,13 +121,15 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def batch_loss(params: Params, tokens_BT: jax.Array, key: jax.Array, *, model: GPT2) -> jax.Array:
+def batch_loss(
+    params: Params | AdaptedParams, tokens_BT: jax.Array, key: jax.Array, *, model: GPT2
+) -> jax.Array:
     """Mean loss over a batch int32 [B, T + 1], with dropout."""
     logits_BTV = apply(model, params, tokens_BT[:, :-1], deterministic=False, rngs={"dropout": key})
     return cross_entropy(logits_BTV, tokens_BT[:, 1:]).mean()
 
 
-def eval_step(params: Params, tokens_BT: jax.Array, *, model: GPT2) -> jax.Array:
+def eval_step(params: Params | AdaptedParams, tokens_BT: jax.Array, *, model: GPT2) -> jax.Array:
     """Mean loss of each row of int32 [B, T + 1], without dropout: float32 [B]."""
     logits_BTV = apply(model, params, tokens_BT[:, :-1])
     return cross_entropy(logits_BTV, tokens_BT[:, 1:]).mean(axis=-1)

@@ -43,10 +43,11 @@ class StopRequest:
             signal.signal(other, signal.SIG_DFL)
 
     def describe(self, step: int) -> str:
-        """Why the run ends after `step` steps, in half a sentence."""
+        """Why the run ends after `step` steps, and how it goes on."""
+        why = f"stopped by {self.signal} after {step} steps"
         if self.signal is None:
-            return f"stopped after {step} steps, as another process was told to"
-        return f"stopped by {self.signal} after {step} steps"
+            why = f"stopped after {step} steps, as another process was told to"
+        return f"{why}; the same command goes on from there"
 
     def agreed(self) -> bool:
         """Whether to stop now; every process must ask after every step.

@@ -11,21 +11,28 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.lora_settings import LoraSettings, adapter_parameter_count
 
 
-def flops_per_token(config: GPT2Config, sequence_length: int) -> float:
+def flops_per_token(
+    config: GPT2Config, sequence_length: int, lora: LoraSettings | None = None
+) -> float:
     """Operations that training on one token needs: 6 N + 12 L D T.
 
-    Each of N weights is multiplied and added once forward and twice backward: 6 operations.
+    Each of N weights is multiplied and added once forward and twice backward: 6 operations, or 4
+    for a frozen one beside an adapter, whose own few take 6.
     Attention adds two products of T x D a layer, not halved for the causal mask. N counts the
     weights that are multiplied, with norms and biases as PaLM does: no table that is only looked
     up, so wte counts where it is the head, and then once.
     """
+    each = 6.0 if lora is None else 4.0
     lookup_rows = config.n_positions
     if not config.tie_word_embeddings:
         lookup_rows += config.vocab_size
     multiplied = config.parameter_count - lookup_rows * config.n_embd
-    return 6.0 * multiplied + 12.0 * config.n_layer * config.n_embd * sequence_length
+    adapter = 0 if lora is None else adapter_parameter_count(config, lora)
+    attention = 12.0 * config.n_layer * config.n_embd * sequence_length
+    return each * multiplied + 6.0 * adapter + attention
 
 
 def peak_flops(device_kind: str, dtype: DTypeLike) -> float | None:
@@ -54,6 +61,7 @@ def mfu(
     device_kind: str,
     dtype: DTypeLike,
     devices: int,
+    lora: LoraSettings | None = None,
 ) -> float | None:
     """Model FLOPs utilization, from 0 to 1; None if the device's peak is not known.
 
@@ -64,11 +72,13 @@ def mfu(
       device_kind: as for `peak_flops`.
       dtype: the compute dtype.
       devices: number of devices, all of this kind.
+      lora: the adapter, if that is all that is trained.
     """
     peak = peak_flops(device_kind, dtype)
     if peak is None:
         return None
-    return tokens_per_second * flops_per_token(config, sequence_length) / (peak * devices)
+    flops = tokens_per_second * flops_per_token(config, sequence_length, lora)
+    return flops / (peak * devices)
 
 
 def _starts_with(device_kind: str, name: str) -> bool:

@@ -1,18 +1,18 @@
 """The held-out loss, and what else a run measures on its parameters while it trains."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.model import GPT2, Params
+from gpt2_jax.model import GPT2, AdaptedParams, Params
 from gpt2_jax.training.mesh import Layout
 from gpt2_jax.training.step import eval_step
 
-Measure = Callable[[Params], dict[str, Any]]
+Measure = Callable[[Params | AdaptedParams], dict[str, Any]]
 
 
 class Probe(NamedTuple):
@@ -33,6 +33,19 @@ class Probe(NamedTuple):
         return step == steps or step % self.every == 0
 
 
+def out_of_patience(losses: Mapping[int, float], patience: int) -> bool:
+    """Whether the lowest validation loss is at least `patience` measurements old.
+
+    Args:
+      losses: by step.
+      patience: measurements; 0 is without end.
+    """
+    if not patience or not losses:
+        return False
+    best = min(losses, key=losses.__getitem__)
+    return sum(step > best for step in losses) >= patience
+
+
 def validation_probe(windows_NT: np.ndarray, every: int) -> Probe:
     """Measures "val_loss", the mean loss over fixed windows [N, T + 1]."""
     return Probe("val_loss", every, functools.partial(_make_validation, windows_NT))
@@ -48,12 +61,14 @@ def _make_validation(windows_NT: np.ndarray, model: GPT2, layout: Layout) -> Mea
     ]
 
     @functools.partial(jax.jit, out_shardings=layout.replicated)
-    def sum_losses(params: Params, tokens_BT: jax.Array, counts_B: jax.Array) -> jax.Array:
+    def sum_losses(
+        params: Params | AdaptedParams, tokens_BT: jax.Array, counts_B: jax.Array
+    ) -> jax.Array:
         loss_B = eval_step(layout.gather_tables(params), tokens_BT, model=model)
         return jnp.sum(loss_B * counts_B)
 
     # All of it is dispatched and nothing read: the training step queues up behind it.
-    def measure(params: Params) -> dict[str, Any]:
+    def measure(params: Params | AdaptedParams) -> dict[str, Any]:
         sums = [sum_losses(params, *batch) for batch in batches]
         return {"val_loss": functools.reduce(jnp.add, sums) / count}
 

@@ -1,0 +1,227 @@
+"""Fine-tunes with LoRA: python scripts/finetune_lora.py --text mine.txt.
+
+Trains a small adapter beside a frozen GPT-2. The same command goes on with a run that was stopped.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from gpt2_jax.cli import keep_compiled_programs, parse_flags, run
+from gpt2_jax.config import SIZES, GPT2Config
+from gpt2_jax.errors import UserError
+from gpt2_jax.lora_settings import LoraSettings
+from gpt2_jax.training.settings import (
+    DataSettings,
+    DistributedSettings,
+    MeshSettings,
+    OptimizerSettings,
+    SampleSettings,
+    TrainSettings,
+    ValidationSettings,
+)
+
+SEQUENCE_LENGTH = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """What the adapter learns from in one step."""
+
+    batch_size: int = 8
+    """sequences in the global batch of one optimizer step"""
+    micro_batch_size: int | None = None
+    """sequences in one pass of one device; None shares the batch out over the devices"""
+    sequence_length: int | None = None
+    """T, tokens in one training window; None takes 512, or the base's context if that is less"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Trains a LoRA adapter on text and writes it to RUN_DIR/adapter, in PEFT's format."""
+
+    data: Path | None = None
+    """directory of token shards (scripts/prepare_custom_text.py)"""
+    text: Path | None = None
+    """instead of --data, a UTF-8 text file; its last tenth is held out"""
+    source: str = "pretrained"
+    """the frozen base: pretrained, a size, a run directory of train.py, or a Hugging Face model
+    directory"""
+    model: str | None = None
+    """pretrained size: gpt2 (the default), gpt2-medium, gpt2-large or gpt2-xl"""
+    weights: str | None = None
+    """pretrained weights from here, not the hub: a .pt or .safetensors file, or a directory"""
+    revision: str | None = None
+    """branch, tag or commit of the pretrained model on the hub"""
+    run_dir: Path = Path("runs/lora")
+    """where the run and its adapter go"""
+    steps: int = 500
+    """optimizer steps, at most"""
+    lora: Annotated[LoraSettings, tyro.conf.arg(name="")] = LoraSettings()
+    """the adapter"""
+    batches: Annotated[Batches, tyro.conf.arg(name="data")] = Batches()
+    """batches"""
+    optimizer: OptimizerSettings = OptimizerSettings(
+        learning_rate=1e-3,
+        final_learning_rate=1e-4,
+        warmup_steps=20,
+        beta2=0.999,
+        weight_decay=0.0,
+    )
+    """AdamW and its schedule"""
+    validation: ValidationSettings = ValidationSettings(every=50, windows=64, patience=4)
+    """held-out loss; a checkpoint goes with each measurement"""
+    samples: SampleSettings = SampleSettings()
+    """texts while it trains"""
+    mesh: MeshSettings = MeshSettings()
+    """how the devices are arranged"""
+    keep_checkpoints: int = 1
+    """how many of the latest are kept; the one of the lowest validation loss always is"""
+    log_every: int = 10
+    """steps between printed lines where the output is not a terminal; metrics.jsonl has all"""
+    tensorboard: bool = False
+    """also write the metrics to run_dir/tensorboard"""
+    wandb: str | None = None
+    """also send the metrics to this Weights & Biases project"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """compute dtype; the adapter and its optimizer state are always float32"""
+    remat: Literal["none", "dots", "block"] = "none"
+    """what the backward pass computes again to save memory, see train.py"""
+    seed: int = 1337
+    """fixes the first adapter, order of the data and dropout"""
+    resume: bool = False
+    """insist on a run to go on with; without it too, a run with the same settings is resumed"""
+    allow_changes: bool = False
+    """go on with the run in run_dir even though settings, data or base have changed"""
+    overwrite: bool = False
+    """replace the run that is already in run_dir"""
+    profile: bool = False
+    """write a JAX trace of three steps to run_dir/profile"""
+    distributed: DistributedSettings = DistributedSettings()
+    """processes on several hosts"""
+
+
+def main() -> None:
+    """Checks the flags, loads the base, trains, and says how to use what came out."""
+    flags = parse_flags(Flags)
+    path = _data(flags)
+    # Mistakes are told before anything is loaded, but for those that depend on the base.
+    longest = max(flags.batches.sequence_length or 1, SEQUENCE_LENGTH)
+    _settings(flags, path, "the base", GPT2Config(n_positions=longest), 1)
+
+    # Only now the slow imports, so that --help and mistakes answer at once.
+    import jax
+
+    from gpt2_jax.sources import find_source, load_source
+    from gpt2_jax.training.distributed import join_cluster
+    from gpt2_jax.training.mesh import BATCH_AXES, make_mesh
+
+    names: dict[str, Any] = {
+        name: getattr(flags, name) for name in ("model", "weights", "revision")
+    }
+    base = str(find_source(flags.source, **names).name)
+    join_cluster(flags.distributed)
+    keep_compiled_programs()
+    mesh = make_mesh(flags.mesh)
+    devices = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
+    params, config = load_source(flags.source, **names)
+    params = jax.device_get(params)  # the run puts its own copy where it is needed
+    settings = _settings(flags, path, base, config, devices)
+
+    from gpt2_jax.finetuning import describe, finetune
+
+    adapter = finetune(
+        settings,
+        (params, config),
+        resume=flags.resume,
+        overwrite=flags.overwrite,
+        allow_changes=flags.allow_changes,
+        profile=flags.profile,
+    )
+    if adapter is not None:
+        print(describe(adapter))
+        print(f"adapter: {adapter.directory}, {adapter.size:,} bytes; use it with")
+        print(f"  python scripts/generate.py {_source_flags(flags)} --lora {adapter.directory}")
+        print(_peft_line(base, adapter.directory))
+
+
+def _data(flags: Flags) -> str:
+    if (flags.data is None) == (flags.text is None):
+        raise UserError(
+            "give --data DIR, made by scripts/prepare_custom_text.py, or --text FILE, and not both"
+        )
+    if flags.data is not None:
+        if not flags.data.is_dir():
+            raise UserError(
+                f"data {flags.data} is no directory; make one with scripts/prepare_custom_text.py, "
+                f"or give a text file as --text"
+            )
+        return str(flags.data)
+    assert flags.text is not None
+    if not flags.text.is_file():
+        raise UserError(f"text {flags.text} is no file; give a UTF-8 text file")
+    return str(flags.text)
+
+
+def _settings(
+    flags: Flags, path: str, base: str, config: GPT2Config, devices: int
+) -> TrainSettings:
+    """The run that the flags ask for, on so many devices that split the batch."""
+    batches = flags.batches
+    length, micro = batches.sequence_length, batches.micro_batch_size
+    if length is None:
+        length = min(SEQUENCE_LENGTH, config.n_positions)
+    if micro is None:
+        micro = max(1, batches.batch_size // devices)
+    return TrainSettings(
+        run_dir=str(flags.run_dir),
+        steps=flags.steps,
+        model=dataclasses.replace(config, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
+        data=DataSettings(path, length, batches.batch_size, micro),
+        optimizer=flags.optimizer,
+        mesh=flags.mesh,
+        validation=flags.validation,
+        samples=flags.samples,
+        init_from=base,
+        lora=flags.lora,
+        checkpoint_every=flags.validation.every,
+        keep_checkpoints=flags.keep_checkpoints,
+        log_every=flags.log_every,
+        tensorboard=flags.tensorboard,
+        wandb=flags.wandb,
+        dtype=flags.dtype,
+        remat=flags.remat,
+        seed=flags.seed,
+    )
+
+
+def _source_flags(flags: Flags) -> str:
+    given = {
+        name: getattr(flags, name)
+        for name in ("source", "model", "weights", "revision")
+        if getattr(flags, name) is not None
+    }
+    return " ".join(f"--{name} {value}" for name, value in given.items())
+
+
+def _peft_line(base: str, directory: Path) -> str:
+    """How Hugging Face opens it; a model that is not theirs is exported first."""
+    from gpt2_jax.interop.pretrained import HUB_IDS
+
+    name = HUB_IDS.get(base, base)
+    theirs = base in SIZES or (Path(base) / "model.safetensors").exists()
+    if not theirs:
+        return (
+            f"  peft opens it beside a copy of the base that scripts/export_hf.py "
+            f"--source {base} writes"
+        )
+    return (
+        f"  peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("
+        f'"{name}"), "{directory}")'
+    )
+
+
+if __name__ == "__main__":
+    run(main)
