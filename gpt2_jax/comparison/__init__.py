@@ -1,0 +1,1 @@
+"""A base model against the same with adapters, side by side."""
