@@ -1,9 +1,10 @@
 """Continues prompts: python scripts/generate.py --model gpt2 --prompt "Hello, my name is"."""
 
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -12,13 +13,23 @@ import tyro
 from gpt2_jax.cli import given_flags, keep_compiled_programs, parse_flags, print_error, run
 from gpt2_jax.config import GPT2Config, check_positive_int
 from gpt2_jax.errors import UserError
+from gpt2_jax.generation.presentation import (
+    note_limits,
+    print_heading,
+    print_table,
+    write_samples_page,
+)
 from gpt2_jax.generation.prompts import converse, gather
 from gpt2_jax.generation.samples import Sample, in_order, next_row, write_growing
 from gpt2_jax.generation.text_stream import Notation, speaks_gpt2
 
 if TYPE_CHECKING:
     from gpt2_jax.generation.sampling import Sampling
+    from gpt2_jax.lora import Lora, LoraSettings
     from gpt2_jax.packed import PackedParams
+
+Variant = tuple[str | None, Callable[[], "PackedParams"]]
+"""An adapter's directory, None for the base alone, and the parameters with it merged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +54,8 @@ class Flags:
     """pretrained weights from here, not the hub: a .pt or .safetensors file, or a directory"""
     revision: str | None = None
     """branch, tag or commit of the pretrained model on the hub"""
-    lora: str | None = None
-    """directory of a LoRA adapter for the model"""
+    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """directory of a LoRA adapter for the model; given again, each one's texts in turn"""
     precision: Literal["f32", "bf16", "int8"] = "f32"
     """of weights and arithmetic; int8 and bf16 are faster, f32 is exact"""
     max_new_tokens: int = 50
@@ -74,7 +85,7 @@ class Flags:
     alternatives: int = 5
     """how many of the likeliest tokens --explain and --html show; --json if this is given"""
     json: bool = False
-    """one JSON object a line, for each sample: prompt, text, tokens, logprobs, finish_reason"""
+    """one JSON object a line, for each sample: lora, prompt, text, tokens, logprobs and more"""
     ids: bool = False
     """prompts and texts are token ids, "15496 11"; always so if the vocabulary is not GPT-2's"""
     allow_end_of_text: bool = False
@@ -96,7 +107,8 @@ _CONFLICTS = {
 class _Model(NamedTuple):
     """What stays the same from prompt to prompt."""
 
-    params: "PackedParams"
+    variants: Sequence[Variant]
+    """what answers each prompt, in turn"""
     config: GPT2Config
     sampling: "Sampling"
     notation: Notation
@@ -115,28 +127,17 @@ def main() -> None:
 
     # Only now the slow imports, so that --help and mistakes answer at once.
     from gpt2_jax.generation.sampling import Sampling
-    from gpt2_jax.packed import pack
-    from gpt2_jax.sources import load_source
 
     temperature = 0.0 if flags.greedy else flags.temperature
     sampling = Sampling(
         temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty
     )
     keep_compiled_programs()
-    params, config = load_source(
-        flags.source,
-        model=flags.model,
-        weights=flags.weights,
-        revision=flags.revision,
-        lora=flags.lora,
-    )
+    variants, config = _load(flags, rows=max(1, len(texts)) * flags.num_samples)
     notation = Notation(ids=flags.ids or not speaks_gpt2(config))
     shows_alternatives = flags.explain or flags.html or "alternatives" in given
     alternatives = min(flags.alternatives, config.vocab_size) if shows_alternatives else 0
-    rows = max(1, len(texts)) * flags.num_samples
-    # One name, or the unpacked ones would take memory too.
-    params = pack(params, flags.precision, rows=rows)
-    model = _Model(params, config, sampling, notation, alternatives)
+    model = _Model(variants, config, sampling, notation, alternatives)
     if flags.interactive:
         converse(lambda index, line: _answer([line], model, flags, index), print_error)
     else:
@@ -160,23 +161,79 @@ def _check(flags: Flags, given: set[str]) -> None:
         )
     if "alternatives" in given and not (flags.explain or flags.html or flags.json):
         raise UserError("--alternatives goes with --explain, --html or --json; add one of them")
+    folders = [Path(directory).resolve() for directory in flags.lora]
+    for directory, folder in zip(flags.lora, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise UserError(f"--lora {directory} is given twice; name each adapter once")
     if flags.html is not None and flags.html.is_dir():
         raise UserError(f"cannot write {flags.html}: it is a folder; give a file")
     if flags.html is not None and not flags.html.absolute().parent.is_dir():
         raise UserError(f"cannot write {flags.html}: its folder does not exist; make it first")
 
 
+def _load(flags: Flags, rows: int) -> tuple[list[Variant], GPT2Config]:
+    """The base with every adapter, packed for `rows` texts at once, and the configuration."""
+    from gpt2_jax.interop.peft import fit_adapter, read_adapter
+    from gpt2_jax.lora import merge
+    from gpt2_jax.packed import pack
+    from gpt2_jax.sources import load_source
+
+    # The adapters are read first: the base can be long in coming.
+    files = [read_adapter(Path(directory)) for directory in flags.lora]
+    params, config = load_source(
+        flags.source, model=flags.model, weights=flags.weights, revision=flags.revision
+    )
+    adapters = [fit_adapter(adapter, config) for adapter in files]
+    packed = functools.partial(pack, precision=flags.precision, rows=rows)
+    if len(adapters) > 1:
+        # Merged anew for every use, so that only one at a time lies in memory beside the base.
+        def merged(adapter: "tuple[Lora, LoraSettings]") -> "PackedParams":
+            return packed(merge(params, *adapter))
+
+        each = [functools.partial(merged, adapter) for adapter in adapters]
+        return list(zip(flags.lora, each, strict=True)), config
+    # One name, or what it was made of would take memory too.
+    if adapters:
+        params = merge(params, *adapters[0])
+    params = packed(params)
+    return [(next(iter(flags.lora), None), lambda: params)], config
+
+
 def _answer(texts: Sequence[str], model: _Model, flags: Flags, first: int = 0) -> None:
     """Prints the samples of some prompts, the first of which has the index `first`."""
-    from gpt2_jax.generation.decode import stream
+    from gpt2_jax.generation.decode import check_prompt
 
-    tokens = [
+    prompts = [
         model.notation.encode(text, allow_end_of_text=flags.allow_end_of_text) for text in texts
     ]
-    rows = [prompt for prompt in tokens for _ in range(flags.num_samples)]
+    for prompt in prompts:
+        check_prompt(prompt, model.config)
+    if flags.overflow == "stop":
+        note_limits(prompts, model.config, flags.max_new_tokens)
+    samples: list[Sample] = []
+    for lora, params in model.variants:
+        if len(model.variants) > 1 and not flags.json:
+            print_heading(lora, tables=flags.explain)
+        samples += _continue(prompts, params(), lora, model, flags, first)
+    if flags.html is not None:
+        write_samples_page(flags.html, samples, flags.lora, model.notation)
+
+
+def _continue(
+    prompts: Sequence[Sequence[int]],
+    params: "PackedParams",
+    lora: str | None,
+    model: _Model,
+    flags: Flags,
+    first: int,
+) -> list[Sample]:
+    """Prints the samples of `_answer` for one adapter, and returns them."""
+    from gpt2_jax.generation.decode import stream
+
+    rows = [prompt for prompt in prompts for _ in range(flags.num_samples)]
     new_tokens = in_order(
         stream(
-            model.params,
+            params,
             model.config,
             rows,
             max_new_tokens=flags.max_new_tokens,
@@ -186,8 +243,6 @@ def _answer(texts: Sequence[str], model: _Model, flags: Flags, first: int = 0) -
             alternatives=model.alternatives,
         )
     )
-    if flags.overflow == "stop":
-        _note_limits(tokens, model.config, flags.max_new_tokens)
     samples = []
     for index, prompt in enumerate(rows):
         row = next_row(new_tokens)
@@ -197,44 +252,10 @@ def _answer(texts: Sequence[str], model: _Model, flags: Flags, first: int = 0) -
         prompt_index, sample_index = divmod(index, flags.num_samples)
         samples.append(Sample(first + prompt_index, sample_index, prompt, new))
         if flags.json:
-            print(json.dumps(samples[-1].to_json(model.notation)), flush=True)
+            print(json.dumps({"lora": lora, **samples[-1].to_json(model.notation)}), flush=True)
         if flags.explain:
-            _print_table(samples[-1], model.notation)
-    if flags.html is not None:
-        _write_page(flags.html, samples, model.notation)
-
-
-def _note_limits(prompts: Sequence[Sequence[int]], config: GPT2Config, wanted: int) -> None:
-    """Says for which prompts the context will be full before all that is wanted is there."""
-    from gpt2_jax.generation.decode import room
-
-    for index, prompt in enumerate(prompts):
-        fits = room(config, len(prompt))
-        if wanted > fits:
-            which = f"prompt {index}" if len(prompts) > 1 else "the prompt"
-            print(
-                f"note: only {fits} of {wanted} new tokens fit after {which} into the context of "
-                f"{config.n_positions}; --overflow slide goes on beyond it",
-                file=sys.stderr,
-            )
-
-
-def _print_table(sample: Sample, notation: Notation) -> None:
-    from rich.console import Console
-
-    from gpt2_jax.generation.inspector import explain, token_table
-
-    sys.stdout.flush()
-    text = explain(notation.decode(sample.prompt), sample.new, ids=notation.ids)
-    Console(stderr=True).print(token_table(text))
-
-
-def _write_page(file: Path, samples: Sequence[Sample], notation: Notation) -> None:
-    from gpt2_jax.generation.inspector import explain
-    from gpt2_jax.generation.inspector_page import write_page
-
-    texts = [explain(notation.decode(s.prompt), s.new, ids=notation.ids) for s in samples]
-    write_page(file, texts)
+            print_table(samples[-1], model.notation)
+    return samples
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ from safetensors.numpy import save_file
 from gpt2_jax import tokenizer
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation import decode
+from gpt2_jax.generation.presentation import write_samples_page
+from gpt2_jax.generation.samples import Sample
+from gpt2_jax.generation.text_stream import Notation
 from gpt2_jax.interop.huggingface import config_to_json, state_dict_from_params
 from gpt2_jax.model import init_params
 
@@ -65,6 +68,28 @@ def three_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=None,
     )
     return model_directory(tmp_path_factory.mktemp("three") / "model", config)
+
+
+def adapter_directory(directory: Path, seed: int) -> str:
+    """A random adapter of the small model's mlp.c_proj, strong enough to change every text."""
+    rng = np.random.default_rng(seed)
+    name = "base_model.model.transformer.h.0.mlp.c_proj.lora_{}.weight"
+    shapes = {"A": (2, 16), "B": (4, 2)}
+    directory.mkdir()
+    save_file(
+        {name.format(m): rng.normal(0, 9, shape).astype(np.float32) for m, shape in shapes.items()},
+        directory / "adapter_model.safetensors",
+    )
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 9, "target_modules": ["mlp.c_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(fields))
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two for the small model."""
+    base = tmp_path_factory.mktemp("adapters")
+    return [adapter_directory(base / name, seed) for seed, name in enumerate(("one", "two"))]
 
 
 @pytest.fixture
@@ -461,6 +486,86 @@ def test_interactive_answers_line_after_line(door, generate, model_dir, stdin, m
     answers = samples(door(*flags, "--interactive", "--json", "--num_samples", 2)[1])
     places = [(answer["prompt_index"], answer["sample_index"]) for answer in answers]
     assert places == [(0, 0), (0, 1), (3, 0), (3, 1)]
+
+
+def test_every_adapter_answers_in_turn_as_it_does_alone(generate, adapters):
+    first, second = (("--lora", adapter) for adapter in adapters)
+    flags = ("--prompt", "one", "--prompt", "two three", "--num_samples", 2)
+    alone = [generate(*flags, *lora) for lora in (first, second)]
+    assert len({generate(*flags), *alone}) == 3
+    headed = [f"== {adapter}\n{out}" for adapter, out in zip(adapters, alone, strict=True)]
+    assert generate(*flags, *first, *second) == headed[0] + headed[1]
+    assert generate(*flags, *second, *first) == headed[1] + headed[0]
+
+
+def test_json_names_the_adapter(generate, adapters):
+    flags = ("--prompt", "one", "--num_samples", 2, "--json")
+    loras = [("--lora", adapter) for adapter in adapters]
+    both = samples(generate(*flags, *loras[0], *loras[1]))
+    assert both == [sample for lora in loras for sample in samples(generate(*flags, *lora))]
+    assert [sample["lora"] for sample in both] == [a for a in adapters for _ in range(2)]
+    assert [(sample["prompt_index"], sample["sample_index"]) for sample in both] == 2 * [
+        (0, 0),
+        (0, 1),
+    ]
+    assert [sample["lora"] for sample in samples(generate(*flags))] == [None, None]
+
+
+def test_tables_and_page_name_the_adapters(door, model_dir, adapters, tmp_path):
+    flags = ("--source", model_dir, "--max_new_tokens", 3, "--prompt", "one", "--num_samples", 2)
+    loras = ("--lora", adapters[0], "--lora", adapters[1])
+    code, out, err = door("generate", *flags, *loras, "--explain", "--html", "page.html")
+    assert code == 0
+    assert out == door("generate", *flags, *loras)[1]
+    assert [line for line in err.splitlines() if line.startswith("==")] == [
+        f"== {adapter}" for adapter in adapters
+    ]
+    assert err.count("perplexity") == 4
+    note = f"Samples 1 to 2: {adapters[0]}; samples 3 to 4: {adapters[1]}"
+    assert note in (tmp_path / "page.html").read_text()
+    door("generate", *flags, *loras[:2], "--html", "page.html")
+    assert adapters[0] not in (tmp_path / "page.html").read_text()
+
+    sample = Sample(0, 0, [3198], [decode.NewToken(0, 616, -1.0, [], "length")])
+    write_samples_page(tmp_path / "page.html", [sample] * 2, ["<a>", "b"], Notation(ids=False))
+    assert "Sample 1: &lt;a&gt;; sample 2: b" in (tmp_path / "page.html").read_text()
+
+
+def test_a_full_context_is_noted_once_for_all_adapters(door, model_dir, adapters):
+    flags = ("--source", model_dir, "--prompt", "one two three four five", "--max_new_tokens", 99)
+    loras = ("--lora", adapters[0], "--lora", adapters[1])
+    code, out, err = door("generate", *flags, "--json", *loras)
+    assert code == 0
+    assert err.startswith("note: only 20 of 99 new tokens fit")
+    assert err.count("\n") == 1
+    assert [sample["finish_reason"] for sample in samples(out)] == ["context"] * 2
+
+
+def test_interactive_asks_every_adapter(door, generate, model_dir, adapters, stdin):
+    flags = ("generate", "--source", model_dir, "--max_new_tokens", 6)
+    loras = ("--lora", adapters[0], "--lora", adapters[1])
+    stdin(b"one\n" + b"x " * 40 + b"\ntwo three\n")
+    code, out, err = door(*flags, "--interactive", *loras)
+    assert code == 0
+    assert err.startswith("error: the prompt has 41 tokens, more than the context of 24")
+    assert err.count("\n") == 1
+    assert out == "".join(generate("--prompt", text, *loras) for text in ("one", "two three"))
+
+
+def test_adapters_are_checked_before_anything_is_shown(
+    door, model_dir, adapters, tmp_path, monkeypatch
+):
+    good = ("--prompt", "x", "--lora", adapters[0])
+    other = Path(adapter_directory(tmp_path / "other", 2))
+    fields = json.loads((other / "adapter_config.json").read_text()) | {"target_modules": ["h.1.x"]}
+    (other / "adapter_config.json").write_text(json.dumps(fields))
+    refused = door.refuses("generate", "--source", model_dir, *good, "--lora", other)
+    assert "target_modules" in refused
+
+    monkeypatch.setattr("gpt2_jax.sources.load_source", None)
+    assert "adapter nowhere is no directory" in door.refuses("generate", *good, "--lora", "nowhere")
+    twice = door.refuses("generate", *good, "--lora", adapters[0] + "/.")
+    assert f"--lora {adapters[0]} is given twice" in twice
 
 
 def script(*flags: object, before: str = "") -> list[str]:
