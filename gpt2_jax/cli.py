@@ -8,7 +8,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,6 +114,14 @@ def given_flags() -> set[str]:
     """Names of the flags on the command line, which may give a flag its default value."""
     names = (arg.split("=")[0] for arg in sys.argv[1:] if arg.startswith("--"))
     return {name.removeprefix("--").replace("-", "_") for name in names}
+
+
+def check_given_once(flag: str, paths: Sequence[Path]) -> None:
+    """Raises UserError for a path that is given twice, under whatever name."""
+    places = [path.resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"--{flag} {path} is given twice; give each once")
 
 
 def _parse(

@@ -53,6 +53,7 @@ def run(
     """
     params = None
     if settings.init_from is not None:
+        _check_apart(Path(settings.run_dir), Path(settings.init_from))
         settings, params = _start_from(settings, settings.init_from, source, **options)
     data = settings.data
     vocab_size = settings.model.vocab_size
@@ -71,6 +72,15 @@ def run(
         fingerprints=fingerprints,
         **options,
     )
+
+
+def _check_apart(run_dir: Path, source: Path) -> None:
+    """Raises UserError if a run would write where the weights are that it starts from."""
+    if source.exists() and run_dir.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UserError(
+            f"run_dir {run_dir} holds the weights that the run is to start from, {source}; "
+            f"give another --run_dir"
+        )
 
 
 def _start_from(

@@ -12,7 +12,7 @@ from gpt2_jax import experiment
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop.peft import save_adapter
-from gpt2_jax.interop.pretrained import HUB_IDS
+from gpt2_jax.interop.peft_write import check_output
 from gpt2_jax.lora import lora_shapes
 from gpt2_jax.model import Params
 from gpt2_jax.training.checkpoint import Checkpoints
@@ -37,13 +37,20 @@ class Adapter(NamedTuple):
 
 
 def finetune(
-    settings: TrainSettings, source: tuple[Params, GPT2Config], **options: bool
+    settings: TrainSettings,
+    source: tuple[Params, GPT2Config],
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    **options: bool,
 ) -> Adapter | None:
     """Trains an adapter and writes the best one to RUN_DIR/adapter.
 
     Args:
       settings: the run, with `lora` and with `init_from` telling where the base is from.
       source: the base, host arrays, and its config.
+      base: where PEFT is to look for it, a hub's name or a directory of Hugging Face's.
+      revision: of the base on the hub.
       **options: `resume`, `overwrite`, `allow_changes` and `profile` of `training.loop.train`.
 
     Returns:
@@ -53,8 +60,11 @@ def finetune(
       UserError: as `experiment.run` does, or if the adapter cannot be written.
     """
     assert settings.lora is not None
-    state = experiment.run(settings, source, **options)
     run_dir, (_, config) = Path(settings.run_dir), source
+    directory = run_dir / ADAPTER
+    if is_primary():
+        check_output(directory, overwrite=True)  # rather now than after all the training
+    state = experiment.run(settings, source, **options)
     records = read_metrics(run_dir / "metrics.jsonl") if is_primary() else []
     losses = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
     finished = int(state.step) == settings.steps
@@ -65,10 +75,8 @@ def finetune(
     if step is None:
         raise UserError(f"{checkpoints.directory} has no checkpoint with a validation loss")
     lora = checkpoints.restore_params(lora_shapes(config, settings.lora), step)
-    directory, base = run_dir / ADAPTER, settings.init_from
-    assert base is not None
     save_adapter(
-        directory, lora, settings.lora, config, base=HUB_IDS.get(base, base), overwrite=True
+        directory, lora, settings.lora, config, base=base, revision=revision, overwrite=True
     )
     size = sum(file.stat().st_size for file in directory.iterdir())
     return Adapter(directory, step, losses, size)

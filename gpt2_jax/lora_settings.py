@@ -72,7 +72,7 @@ def adapted_layers(config: GPT2Config, settings: LoraSettings) -> list[str]:
     """Full names of the layers that the settings adapt, in the model's order.
 
     Raises:
-      UserError: if a target is no layer of the model.
+      UserError: if a target is no layer of the model, or a pattern's name no adapted one.
     """
     layers = linear_layers(config)
     for target in settings.targets:
@@ -81,7 +81,15 @@ def adapted_layers(config: GPT2Config, settings: LoraSettings) -> list[str]:
                 f"target {target!r} is no linear layer of the model, which has "
                 f"{', '.join(TARGETS)} in its blocks h_0 to h_{config.n_layer - 1}"
             )
-    return [layer for layer in layers if is_named(layer, settings.targets)]
+    adapted = [layer for layer in layers if is_named(layer, settings.targets)]
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        for name, _ in getattr(settings, pattern):
+            if not any(is_named(layer, (name,)) for layer in adapted):
+                raise UserError(
+                    f"{pattern} names {name!r}, which is none of the adapted layers; the targets "
+                    f"are {', '.join(settings.targets)}"
+                )
+    return adapted
 
 
 def widths(config: GPT2Config) -> dict[str, tuple[int, int]]:

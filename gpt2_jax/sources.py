@@ -109,7 +109,7 @@ def _load_run(run_dir: Path) -> tuple[Params, GPT2Config]:
     settings = from_json(file.read_text(encoding="utf-8"), str(file))
     if settings.lora is not None:
         raise UserError(
-            f"{run_dir} trained an adapter; give its base, --source {settings.init_from}, and "
+            f"{run_dir} trained an adapter; give its base, {settings.init_from}, and "
             f"--lora {run_dir / 'adapter'}"
         )
     config = settings.model

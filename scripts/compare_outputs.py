@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from gpt2_jax.cli import given_flags, keep_compiled_programs, parse_flags, run
+from gpt2_jax.cli import check_given_once, given_flags, keep_compiled_programs, parse_flags, run
 from gpt2_jax.config import GPT2Config, check_positive_int
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import read_text
@@ -63,7 +63,8 @@ class Flags:
     precision: Literal["f32", "bf16", "int8"] = "f32"
     """of weights and arithmetic when texts are continued; losses are always computed in f32"""
     data: str | None = None
-    """score the validation split of this dataset directory"""
+    """score the validation split of this dataset directory, or the last tenth of a text file:
+    what finetune_lora.py --text FILE holds out"""
     text: Path | None = None
     """score this UTF-8 file, all of it held out"""
     windows: int = 64
@@ -126,6 +127,7 @@ def _check(flags: Flags, given: set[str]) -> None:
         check_positive_int("sequence_length", flags.sequence_length)
     if not 0 <= flags.seed < 2**32:
         raise UserError(f"seed={flags.seed} must be in [0, 2^32)")
+    check_given_once("lora", flags.lora)
     if not flags.lora:
         raise UserError("there is no adapter to compare; give --lora DIR")
     if flags.data is not None and flags.text is not None:

@@ -4,13 +4,14 @@ Trains a small adapter beside a frozen GPT-2. The same command goes on with a ru
 """
 
 import dataclasses
+import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from gpt2_jax.cli import keep_compiled_programs, parse_flags, run
-from gpt2_jax.config import SIZES, GPT2Config
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.lora_settings import LoraSettings
 from gpt2_jax.training.settings import (
@@ -22,6 +23,9 @@ from gpt2_jax.training.settings import (
     TrainSettings,
     ValidationSettings,
 )
+
+if TYPE_CHECKING:
+    from gpt2_jax.sources import Place
 
 SEQUENCE_LENGTH = 512
 
@@ -121,7 +125,8 @@ def main() -> None:
     names: dict[str, Any] = {
         name: getattr(flags, name) for name in ("model", "weights", "revision")
     }
-    base = str(find_source(flags.source, **names).name)
+    place = find_source(flags.source, **names)
+    base, theirs = str(place.name), _hugging_face_name(place)
     join_cluster(flags.distributed)
     keep_compiled_programs()
     mesh = make_mesh(flags.mesh)
@@ -135,6 +140,8 @@ def main() -> None:
     adapter = finetune(
         settings,
         (params, config),
+        base=theirs,
+        revision=flags.revision,
         resume=flags.resume,
         overwrite=flags.overwrite,
         allow_changes=flags.allow_changes,
@@ -143,8 +150,17 @@ def main() -> None:
     if adapter is not None:
         print(describe(adapter))
         print(f"adapter: {adapter.directory}, {adapter.size:,} bytes; use it with")
-        print(f"  python scripts/generate.py {_source_flags(flags)} --lora {adapter.directory}")
-        print(_peft_line(base, adapter.directory))
+        _advise(flags, path, theirs, adapter.directory)
+
+
+def _hugging_face_name(place: "Place") -> str | None:
+    """What transformers opens the base by; None if it has to be exported first."""
+    from gpt2_jax.interop.pretrained import HUB_IDS
+
+    if place.name in HUB_IDS:
+        return HUB_IDS[str(place.name)]
+    is_theirs = not place.is_run and (Path(place.name) / "config.json").exists()
+    return str(place.name) if is_theirs else None
 
 
 def _data(flags: Flags) -> str:
@@ -173,8 +189,14 @@ def _settings(
     length, micro = batches.sequence_length, batches.micro_batch_size
     if length is None:
         length = min(SEQUENCE_LENGTH, config.n_positions)
+    elif length > config.n_positions:
+        raise UserError(
+            f"data.sequence_length={length} is more than the context of {base}, "
+            f"{config.n_positions} tokens; lower it"
+        )
     if micro is None:
-        micro = max(1, batches.batch_size // devices)
+        whole = batches.batch_size % devices == 0
+        micro = max(1, batches.batch_size // devices) if whole else 1
     return TrainSettings(
         run_dir=str(flags.run_dir),
         steps=flags.steps,
@@ -197,30 +219,20 @@ def _settings(
     )
 
 
-def _source_flags(flags: Flags) -> str:
-    given = {
-        name: getattr(flags, name)
-        for name in ("source", "model", "weights", "revision")
-        if getattr(flags, name) is not None
-    }
-    return " ".join(f"--{name} {value}" for name, value in given.items())
-
-
-def _peft_line(base: str, directory: Path) -> str:
-    """How Hugging Face opens it; a model that is not theirs is exported first."""
-    from gpt2_jax.interop.pretrained import HUB_IDS
-
-    name = HUB_IDS.get(base, base)
-    theirs = base in SIZES or (Path(base) / "model.safetensors").exists()
-    if not theirs:
-        return (
-            f"  peft opens it beside a copy of the base that scripts/export_hf.py "
-            f"--source {base} writes"
-        )
-    return (
-        f"  peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("
-        f'"{name}"), "{directory}")'
-    )
+def _advise(flags: Flags, path: str, theirs: str | None, directory: Path) -> None:
+    """Says what can be done with the adapter, in commands that can be copied."""
+    names = ("source", "model", "weights", "revision")
+    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    source = " ".join(f"--{name} {shlex.quote(value)}" for name, value in given.items())
+    lora = f"--lora {shlex.quote(str(directory))}"
+    print(f"  python scripts/generate.py {source} {lora}")
+    print(f"  python scripts/compare_outputs.py {source} {lora} --data {shlex.quote(path)}")
+    if theirs is None:
+        print(f"  python scripts/export_hf.py {source} --output DIR   # a base that PEFT opens")
+        theirs = "DIR"
+    revision = "" if flags.revision is None else f", revision={flags.revision!r}"
+    base = f"transformers.AutoModelForCausalLM.from_pretrained({theirs!r}{revision})"
+    print(f"  peft.PeftModel.from_pretrained({base}, {str(directory)!r})")
 
 
 if __name__ == "__main__":

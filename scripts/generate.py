@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
 
-from gpt2_jax.cli import given_flags, keep_compiled_programs, parse_flags, print_error, run
+from gpt2_jax.cli import (
+    check_given_once,
+    given_flags,
+    keep_compiled_programs,
+    parse_flags,
+    print_error,
+    run,
+)
 from gpt2_jax.config import GPT2Config, check_positive_int
 from gpt2_jax.errors import UserError
 from gpt2_jax.generation.presentation import (
@@ -161,10 +168,7 @@ def _check(flags: Flags, given: set[str]) -> None:
         )
     if "alternatives" in given and not (flags.explain or flags.html or flags.json):
         raise UserError("--alternatives goes with --explain, --html or --json; add one of them")
-    folders = [Path(directory).resolve() for directory in flags.lora]
-    for directory, folder in zip(flags.lora, folders, strict=True):
-        if folders.count(folder) > 1:
-            raise UserError(f"--lora {directory} is given twice; name each adapter once")
+    check_given_once("lora", [Path(directory) for directory in flags.lora])
     if flags.html is not None and flags.html.is_dir():
         raise UserError(f"cannot write {flags.html}: it is a folder; give a file")
     if flags.html is not None and not flags.html.absolute().parent.is_dir():

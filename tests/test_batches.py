@@ -221,5 +221,5 @@ def test_validation_takes_the_first_windows():
     assert validation_windows(windows, 3).tolist() == [list(windows[i]) for i in range(3)]
     assert validation_windows(windows, 3).dtype == np.int32
     assert len(validation_windows(windows, 100)) == len(windows) == 5
-    with pytest.raises(UserError, match="shorter than one window"):
+    with pytest.raises(UserError, match="validation data have no window of "):
         validation_windows(Windows([], 4), 3)

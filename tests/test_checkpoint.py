@@ -308,7 +308,7 @@ def test_if_all_are_damaged_the_run_is_not_started_anew(run_dir, shallow_config)
     checkpoints = Checkpoints(run_dir)
     assert checkpoints.newest_intact(PARTS) is None
     with pytest.raises(UserError, match=r"no checkpoint in .* is intact.*--overwrite"):
-        first_step(checkpoints, None)
+        first_step(checkpoints, {})
     with pytest.raises(UserError, match=r"no checkpoint in .* is intact"):
         checkpoints.restore_params(param_shapes(shallow_config))
     assert checkpoints.finished() == [17, 18]
@@ -330,7 +330,7 @@ def test_a_resumed_run_begins_at_the_newest_and_moves_damaged_ones_aside(run_dir
     flip(files(run_dir / "checkpoints" / "19" / "params")[0])
     bytes_19 = {file.name: file.read_bytes() for file in files(run_dir / "checkpoints" / "19")}
     checkpoints = Checkpoints(run_dir)
-    assert first_step(checkpoints, None) == 18
+    assert first_step(checkpoints, {}) == 18
     assert checkpoints.steps() == [17, 18]
     aside = run_dir / "damaged" / "19"
     assert {file.name: file.read_bytes() for file in files(aside)} == bytes_19
@@ -339,10 +339,10 @@ def test_a_resumed_run_begins_at_the_newest_and_moves_damaged_ones_aside(run_dir
     # A second one of that step takes its place.
     save(run_dir, state, 19)
     empty(files(run_dir / "checkpoints" / "19" / "params")[0])
-    assert first_step(Checkpoints(run_dir), None) == 18
+    assert first_step(Checkpoints(run_dir), {}) == 18
     assert files(aside)[0].exists()
     save(run_dir, state, 19)
-    assert first_step(Checkpoints(run_dir), None) == 19
+    assert first_step(Checkpoints(run_dir), {}) == 19
 
 
 def test_what_was_never_finished_is_cleared_away(run_dir, capsys):
@@ -350,7 +350,7 @@ def test_what_was_never_finished_is_cleared_away(run_dir, capsys):
     (directory / "18" / "manifest.json").unlink()
     (directory / "19.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     (directory / "19.orbax-checkpoint-tmp" / "params" / "half").write_text("x")
-    assert first_step(Checkpoints(run_dir), None) == 17
+    assert first_step(Checkpoints(run_dir), {}) == 17
     assert names(directory) == ["17"]
     assert "18 is left out: it was not finished" in capsys.readouterr().err
 
@@ -360,8 +360,8 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_anew(run_dir):
         (run_dir / "checkpoints" / step / "manifest.json").unlink()
     checkpoints = Checkpoints(run_dir)
     assert checkpoints.finished() == []
-    assert first_step(checkpoints, "whatever data") == 0
-    assert first_step(Checkpoints(run_dir.parent / "none"), None) == 0
+    assert first_step(checkpoints, {"data": "whatever data"}) == 0
+    assert first_step(Checkpoints(run_dir.parent / "none"), {}) == 0
 
 
 def test_what_is_not_a_checkpoint_is_left_alone(run_dir):
@@ -370,17 +370,17 @@ def test_what_is_not_a_checkpoint_is_left_alone(run_dir):
     shutil.copytree(directory / "17", directory / "17-backup")
     (directory / "README").write_text("mine")
     assert Checkpoints(run_dir).steps() == [17, 18]
-    assert first_step(Checkpoints(run_dir), None) == 18
+    assert first_step(Checkpoints(run_dir), {}) == 18
     assert (directory / "README").read_text() == "mine"
     verify(directory / "17-backup", PARTS)
 
 
 def test_other_training_data_are_noticed(run_dir):
     checkpoints = Checkpoints(run_dir)
-    assert first_step(checkpoints, "d") == 18
-    assert first_step(checkpoints, None) == 18
-    with pytest.raises(UserError, match=r"data have changed since checkpoint 18 .*--data\.path"):
-        first_step(checkpoints, "other")
+    assert first_step(checkpoints, {"data": "d"}) == 18
+    assert first_step(checkpoints, {}) == 18
+    with pytest.raises(UserError, match=r"data have changed since checkpoint 18 .*--allow_changes"):
+        first_step(checkpoints, {"data": "other"})
 
 
 # Errors while writing
@@ -407,7 +407,7 @@ def test_a_failed_write_names_what_is_safe(tmp_path, state, monkeypatch):
     assert checkpoints.newest_intact(PARTS) == 17
     assert_same(checkpoints.restore(17, abstract(state)), state)
     # The same command goes on, and the step is saved after all.
-    assert first_step(checkpoints, None) == 17
+    assert first_step(checkpoints, {}) == 17
     save(tmp_path, state, 18)
     assert Checkpoints(tmp_path).newest_intact(PARTS) == 18
 

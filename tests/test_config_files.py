@@ -214,7 +214,7 @@ def test_settings_read_back_differ_in_nothing():
 def test_a_resumed_run_may_move_but_not_compute_something_else():
     """Every setting, so that a new one is put on one side on purpose."""
     names = differences(SETTINGS, UNUSUAL)
-    assert {name for name in names if is_free_on_resume(name)} == {
+    assert {name for name in names if is_free_on_resume(name, SETTINGS)} == {
         "run_dir",
         "data.path",
         "data.micro_batch_size",
@@ -231,6 +231,6 @@ def test_a_resumed_run_may_move_but_not_compute_something_else():
     }
     for name in ("steps", "seed", "dtype", "data.batch_size", "optimizer.beta1", "model.n_inner"):
         assert name in names
-        assert not is_free_on_resume(name)
-    assert not is_free_on_resume("meshes")
-    assert not is_free_on_resume("data")
+        assert not is_free_on_resume(name, SETTINGS)
+    assert not is_free_on_resume("meshes", SETTINGS)
+    assert not is_free_on_resume("data", SETTINGS)

@@ -232,14 +232,45 @@ def test_another_base_is_noticed_when_a_run_goes_on(settings, base):
     experiment.run(settings)
     other = jax.tree.map(lambda x: np.copy(x), base)
     other["h_1"]["mlp"]["c_fc"]["bias"][0] += 1e-3
-    with pytest.raises(UserError, match="the frozen weights have changed since checkpoint 6"):
-        experiment.run(settings, (other, CONFIG))
-    experiment.run(settings, (other, CONFIG), allow_changes=True)
+    for allow_changes in (False, True):
+        with pytest.raises(UserError, match="the frozen weights have changed since checkpoint 6"):
+            experiment.run(settings, (other, CONFIG), allow_changes=allow_changes)
+    # The same weights may lie elsewhere.
+    experiment.run(dataclasses.replace(settings, init_from="moved"), (base, CONFIG))
+
+
+def test_a_run_never_replaces_the_weights_it_starts_from(settings, place, base):
+    held = dataclasses.replace(settings, run_dir=str(place))
+    for run_dir in (place, place / "base"):
+        held = dataclasses.replace(settings, run_dir=str(run_dir))
+        with pytest.raises(UserError, match=r"holds the weights that the run is to start from"):
+            experiment.run(held, (base, CONFIG), overwrite=True)
+    assert (place / "base" / "model.safetensors").exists()
+
+
+def test_what_lies_beside_an_adapter_is_told_before_the_training(settings, base):
+    adapter = Path(settings.run_dir) / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"it holds README\.md; move it away"):
+        finetune(settings, (base, CONFIG))
+    assert not (adapter.parent / "metrics.jsonl").exists()
+
+
+def test_of_checkpoints_for_other_data_none_is_the_best(settings, base, tmp_path):
+    finetune(settings, (base, CONFIG))
+    (tmp_path / "numbers.txt").write_text("1 2 3 4 5 6 7 8 9 " * 99)
+    other = dataclasses.replace(settings.data, path=str(tmp_path / "numbers.txt"))
+    optimizer = dataclasses.replace(settings.optimizer, learning_rate=3.0)
+    moved = dataclasses.replace(settings, data=other, steps=8, optimizer=optimizer)
+    adapter = finetune(moved, (base, CONFIG), allow_changes=True)
+    assert adapter is not None
+    assert adapter.step == 8
 
 
 def test_a_run_of_an_adapter_is_no_source(settings):
     experiment.run(settings)
-    with pytest.raises(UserError, match=r"trained an adapter; give its base, --source \S+/base"):
+    with pytest.raises(UserError, match=r"trained an adapter; give its base, \S+/base"):
         load_source(settings.run_dir)
 
 
@@ -310,7 +341,11 @@ def test_from_a_text_to_an_adapter_that_generates_also_when_killed(door, place, 
         (["--dropout", 1], "dropout=1.0 must be in [0, 1)"),
         (["--targets", "attn.c_atn"], "target 'attn.c_atn' is no linear layer of the model"),
         (["--targets"], "targets is empty"),
-        (["--data.sequence_length", 17], "data.sequence_length=17 is more than"),
+        (
+            ["--rank_pattern", "c_atn", 4],
+            "rank_pattern names 'c_atn', which is none of the adapted",
+        ),
+        (["--data.sequence_length", 17], "data.sequence_length=17 is more than the context of"),
         (["--data.sequence_length", 0], "data.sequence_length=0 must be"),
         (["--data.batch_size", 999], "fewer than one batch of 999"),
         (["--data.batch_size", 4, "--data.micro_batch_size", 3], "not a multiple"),
@@ -331,4 +366,4 @@ def test_what_it_refuses(door, place, more, rule):
 def test_a_text_too_short_for_a_window_is_told(door, place):
     Path("short.txt").write_text("Hello there.")
     line = door.refuses("finetune_lora", *flags(place, "run", "--text", "short.txt"))
-    assert "the training data hold 0 windows" in line
+    assert "the training data have no window of 17 tokens, only pieces of up to 3" in line

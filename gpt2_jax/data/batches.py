@@ -40,6 +40,8 @@ class Windows(Sequence[np.ndarray]):
         self.sequence_length = sequence_length
         counts = [max(0, len(shard) - 1) // sequence_length for shard in shards]
         self._ends = np.cumsum(counts)
+        self.longest = max(map(len, shards), default=0)
+        """tokens of the longest shard"""
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -79,6 +81,8 @@ def training_batches(windows: Windows, batch_size: int, seed: int) -> Batches:
     Raises:
       UserError: if there are fewer windows than one batch needs.
     """
+    if not len(windows):
+        raise _too_short("training", windows)
     if len(windows) < batch_size:
         raise UserError(
             f"the training data hold {len(windows)} windows, fewer than one batch of {batch_size}; "
@@ -99,6 +103,13 @@ def training_batches(windows: Windows, batch_size: int, seed: int) -> Batches:
     return batch
 
 
+def _too_short(split: str, windows: Windows) -> UserError:
+    return UserError(
+        f"the {split} data have no window of {windows.sequence_length + 1} tokens, only pieces of "
+        f"up to {windows.longest:,}; lower --data.sequence_length or bring more text"
+    )
+
+
 def validation_windows(windows: Windows, count: int) -> np.ndarray:
     """The first `count` windows, or all if there are fewer: int32 [N, T + 1].
 
@@ -106,8 +117,5 @@ def validation_windows(windows: Windows, count: int) -> np.ndarray:
       UserError: if there is not a single window.
     """
     if not len(windows):
-        raise UserError(
-            "the validation data are shorter than one window; "
-            "lower --data.sequence_length or bring more text"
-        )
+        raise _too_short("validation", windows)
     return np.stack([windows[index] for index in range(min(count, len(windows)))])

@@ -7,6 +7,7 @@ import numpy as np
 
 from gpt2_jax import tokenizer
 from gpt2_jax.data.batches import Windows
+from gpt2_jax.data.shard_formats import SUFFIXES
 from gpt2_jax.data.shards import SPLITS, read_shards
 from gpt2_jax.data.text import encode_documents, python_documentation
 from gpt2_jax.errors import UserError
@@ -33,7 +34,7 @@ def open_dataset(path: str, sequence_length: int, vocab_size: int) -> tuple[Wind
     splits: list[Sequence[np.ndarray]]
     if path == PYTHON_DOCUMENTATION:
         splits = _encode(python_documentation(), path, vocab_size)
-    elif Path(path).is_file():
+    elif Path(path).is_file() and Path(path).suffix not in SUFFIXES:
         splits = _encode([read_text(Path(path))], path, vocab_size)
     else:
         splits = [read_shards(Path(path), split, vocab_size) for split in SPLITS]
@@ -45,6 +46,6 @@ def _encode(documents: list[str], path: str, vocab_size: int) -> list[Sequence[n
     if vocab_size < tokenizer.VOCAB_SIZE:
         raise UserError(
             f"model.vocab_size={vocab_size} is too small for {path}, which is tokenized with "
-            f"GPT-2's {tokenizer.VOCAB_SIZE} tokens"
+            f"GPT-2's {tokenizer.VOCAB_SIZE} tokens; give shards of the model's own tokens"
         )
     return [[tokens] for tokens in encode_documents(documents, HELD_OUT)]

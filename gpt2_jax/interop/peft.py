@@ -67,6 +67,7 @@ def save_adapter(
     config: GPT2Config,
     *,
     base: str | None = None,
+    revision: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Makes a directory that PEFT's `PeftModel.from_pretrained` opens, and `load_adapter`.
@@ -81,6 +82,7 @@ def save_adapter(
       settings: those of the adapter.
       config: the base model.
       base: where PEFT is to look for it, a hub's name or a directory; None leaves it open.
+      revision: of the base on the hub.
       overwrite: whether an adapter that is there is replaced.
 
     Raises:
@@ -88,7 +90,7 @@ def save_adapter(
         or if the directory holds anything else, or cannot be written.
     """
     state = _state_of(lora, settings, config)
-    fields = settings_to_json(settings, config, base)
+    fields = settings_to_json(settings, config, base, revision)
     check_output(directory, overwrite)
     try:
         with directory_written_beside(directory.resolve()) as scratch:

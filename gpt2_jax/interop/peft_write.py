@@ -18,17 +18,21 @@ from gpt2_jax.lora_settings import LoraSettings, adapted_layers
 
 
 def settings_to_json(
-    settings: LoraSettings, config: GPT2Config, base: str | None = None
+    settings: LoraSettings,
+    config: GPT2Config,
+    base: str | None = None,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """What an adapter_config.json has, such that PEFT and `peft_config` read the same.
 
     Args:
-      settings: of the adapter; names that fit no adapted layer are left out.
+      settings: of the adapter.
       config: the base model.
       base: where PEFT finds it, a hub's name or a directory.
+      revision: of the base on the hub.
 
     Raises:
-      UserError: if a target is no layer of the model.
+      UserError: if a target is no layer of the model, or a pattern's name no adapted one.
     """
     layers = adapted_layers(config, settings)
     ranks = {layer: settings.rank_of(layer) for layer in layers}
@@ -38,6 +42,7 @@ def settings_to_json(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "inference_mode": True,
         "r": settings.rank,
         "lora_alpha": _plain_number(settings.alpha),
@@ -78,7 +83,7 @@ def check_output(directory: Path, overwrite: bool) -> None:
     if foreign:
         raise UserError(
             f"{directory} is no adapter, or not that alone: it holds {foreign[0]}; "
-            f"give another directory"
+            f"move it away or give another directory"
         )
     if entries and not overwrite:
         raise UserError(

@@ -161,17 +161,26 @@ class Checkpoints:
             ) from None
 
     def best(self) -> int | None:
-        """Step of the checkpoint of the lowest validation loss; None if none was measured."""
-        measured = {step: loss for step, loss in self._losses().items() if loss is not None}
+        """Step of the checkpoint of the lowest validation loss; None if none was measured.
+
+        Those that were written for other data than the newest do not count.
+        """
+        facts = self._all_facts()
+        data = facts[max(facts)].get("data") if facts else None
+        measured = {
+            step: fact["val_loss"]
+            for step, fact in facts.items()
+            if fact["val_loss"] is not None and fact.get("data") == data
+        }
         return min(measured, key=measured.__getitem__, default=None)
 
-    def _losses(self) -> dict[int, float | None]:
-        """The validation loss recorded with each finished checkpoint."""
-        losses = {}
+    def _all_facts(self) -> dict[int, dict[str, Any]]:
+        """What was recorded with each finished checkpoint."""
+        facts = {}
         for step in self.finished():
             with contextlib.suppress(DamagedError):
-                losses[step] = self.facts(step)["val_loss"]
-        return losses
+                facts[step] = self.facts(step)
+        return facts
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, finished or not, in order."""
@@ -226,7 +235,7 @@ class Checkpoints:
             self._drop_old()
 
     def _drop_old(self) -> None:
-        steps = sorted(self._losses())
+        steps = sorted(self._all_facts())
         for step in set(steps[: -self._keep]) - {self.best()}:
             # Without its manifest it does not count, should the removal be cut short.
             (self.directory / str(step) / NAME).unlink()

@@ -102,8 +102,10 @@ def differences(stored: TrainSettings, wanted: TrainSettings) -> dict[str, tuple
     return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 
-def is_free_on_resume(name: str) -> bool:
-    """Whether a setting may change when a run is resumed."""
+def is_free_on_resume(name: str, settings: TrainSettings) -> bool:
+    """Whether a setting may change when a run with the new settings goes on."""
+    if name == "init_from" and settings.lora is not None:
+        return True  # the weights themselves are compared, wherever they lie now
     return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
 
 

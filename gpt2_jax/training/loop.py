@@ -67,7 +67,8 @@ def train(
       profile: write a trace of a few steps to run_dir/profile.
 
     Returns:
-      The state after the last step, or after the one a signal stopped the run at.
+      The state after the last step, or after the one that a signal or a validation loss that no
+      longer fell stopped the run at.
 
     Raises:
       UserError: before anything is written, if settings, devices and run directory don't go
@@ -89,7 +90,8 @@ def train(
                 check_trackers(settings)
                 run_directory.clear(run_dir)
         stop = stack.enter_context(StopRequest(layout.mesh))
-        first = first_step(checkpoints, {} if allow_changes else fingerprints)
+        fixed = [name for name in fingerprints if name != "data" or not allow_changes]
+        first = first_step(checkpoints, {name: fingerprints[name] for name in fixed})
         if first > settings.steps:
             raise UserError(
                 f"steps={settings.steps} is less than the {first} that {run_dir} has behind it; "
@@ -104,6 +106,8 @@ def train(
         if is_primary():
             run_directory.store_settings(settings)
         recorder = stack.enter_context(open_recorder(settings, engine, first, state.opt_state))
+        if first and checkpoints.facts(first).get("data") != fingerprints.get("data"):
+            recorder.val_losses.clear()  # they speak of other data
         trace = stack.enter_context(Trace(run_dir / "profile" if profile else None, first))
         plot = stack.enter_context(LossPlot(settings))
         loop = _Loop(
@@ -134,7 +138,7 @@ class _Loop:
         for step in range(first, steps + 1):  # `step` updates are done here
             ending = self.stop.describe(step) if self.stop.agreed() else None
             if ending is None:
-                self._measure(step, self.engine.complete(state.params), probes, step == first)
+                self._measure(step, state.params, probes, step == first)
                 ending = self._out_of_patience(step)
             stopping = ending is not None
             if step > first and (stopping or self._is_checkpoint_due(step)):
@@ -163,16 +167,18 @@ class _Loop:
     def _measure(
         self,
         step: int,
-        params: Params | AdaptedParams,
+        trained: Params,
         probes: dict[Probe, Measure],
         first: bool,
     ) -> None:
         """Measures what is due after `step` updates; the first time, all is compiled for it."""
+        params: Params | AdaptedParams | None = None
         for probe, measure in probes.items():
             # Only where a resumed run begins can it have been measured; all must know it alike.
             known = first and agree(self.recorder.has(step, probe.name))
             if probe.is_due(step, self.settings.steps) and not known:
                 self.recorder.flush()  # or the time of a probe would count as a step's
+                params = self.engine.complete(trained) if params is None else params
                 with self.recorder.stopwatch.block("compile" if first else "eval"):
                     values = measure(params)
                 self.recorder.push(step, values)
@@ -189,7 +195,8 @@ class _Loop:
         best = min(losses, key=losses.__getitem__)
         return (
             f"stopped early after {step} steps: the validation loss has not been below "
-            f"{losses[best]:.4f}, that of step {best}, in {patience} measurement(s)"
+            f"{losses[best]:.4f}, that of step {best}, in {patience} measurement(s); "
+            f"a higher --validation.patience goes on"
         )
 
     def _is_checkpoint_due(self, step: int) -> bool:

@@ -13,8 +13,8 @@ from gpt2_jax.training.distributed import agree, is_primary
 
 _PARTS = ["params", "opt_state"]
 _REMEDIES = {
-    "data": ("training data", "bring back the old --data.path", "the new data"),
-    "base": ("frozen weights", "bring back the old ones", "the new ones"),
+    "data": ("training data", "bring back the old ones, or pass --allow_changes to go on"),
+    "base": ("frozen weights", "an adapter belongs to its base; start another run, or --overwrite"),
 }
 
 
@@ -57,10 +57,10 @@ def _find(checkpoints: Checkpoints, fingerprints: Mapping[str, str]) -> int:
     stored = {} if step is None else checkpoints.facts(step)
     for name, mine in fingerprints.items():
         if stored.get(name) not in (None, mine):
-            what, remedy, new = _REMEDIES[name]
+            what, remedy = _REMEDIES[name]
             raise UserError(
                 f"the {what} have changed since checkpoint {step} of {checkpoints.directory} was "
-                f"written; {remedy}, or pass --allow_changes to go on with {new}"
+                f"written; {remedy}"
             )
     checkpoints.set_aside_newer_than(step)
     return step or 0

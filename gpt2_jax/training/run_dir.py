@@ -90,7 +90,7 @@ def check_run(
         return False
     stored = from_json(read_text(file), str(file))
     changes = differences(stored, settings)
-    free = [name for name in changes if is_free_on_resume(name)]
+    free = [name for name in changes if is_free_on_resume(name, settings)]
     fixed = [name for name in changes if name not in free]
     if fixed and not allow_changes:
         raise UserError(
