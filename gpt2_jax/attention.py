@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gpt2_jax.blocked_attention import blocked_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.layers import Linear
 from gpt2_jax.precision import einsum
 
-Implementation = Literal["plain", "cudnn"]
+Implementation = Literal["plain", "blocked", "cudnn"]
 
 
 class LayerCache(NamedTuple):
@@ -54,13 +55,16 @@ def empty_cache(config: GPT2Config, batch: int, slots: int, dtype: DTypeLike) ->
 
 
 def choose_implementation(platform: str, dtype: DTypeLike, head_width: int) -> Implementation:
-    """Picks the attention to use: cuDNN's flash attention for 16 bits on a GPU, else plain.
+    """Picks the attention to use.
 
-    cuDNN takes head widths that are multiples of 8 up to 128.
+    On a CPU that is `blocked_attention`; for 16 bits on a GPU cuDNN's flash attention, if the head
+    width is a multiple of 8 up to 128; else the plain form.
     """
     sixteen_bit = jnp.dtype(dtype).itemsize == 2
     fits_cudnn = head_width % 8 == 0 and head_width <= 128
-    return "cudnn" if platform == "gpu" and sixteen_bit and fits_cudnn else "plain"
+    if platform == "gpu" and sixteen_bit and fits_cudnn:
+        return "cudnn"
+    return "blocked" if platform == "cpu" else "plain"
 
 
 class CausalSelfAttention(nn.Module):
@@ -109,7 +113,8 @@ class CausalSelfAttention(nn.Module):
         q_BHTK, k_BHTK, v_BHTK = (
             part_BTD.reshape(heads).swapaxes(1, 2) for part_BTD in jnp.split(qkv_BTF, 3, axis=-1)
         )
-        # Sown values are kept only when a caller asks for "intermediates", as parity/ does.
+        # Sown values are kept only when a caller asks for "intermediates", as parity/ does; scores
+        # and probabilities are there with implementation="plain".
         for name, part_BHTK in (("q", q_BHTK), ("k", k_BHTK), ("v", v_BHTK)):
             self.sow("intermediates", name, part_BHTK)
         if cache is not None:
@@ -121,22 +126,30 @@ class CausalSelfAttention(nn.Module):
             mask_BTS = visible(start_B, T, cache.k_NSK.shape[1])
             mask_NTS = jnp.repeat(mask_BTS, self.config.n_head, axis=0)
             y_BHTK = self._plain("N", q_NTK, *cache, mask_NTS, deterministic).reshape(q_BHTK.shape)
-        elif self._use_cudnn(deterministic):
-            y_BHTK = _cudnn(q_BHTK, k_BHTK, v_BHTK)
         else:
-            mask_11TS = visible(jnp.zeros(1, jnp.int32), T, T)[:, None]
-            y_BHTK = self._plain("BH", q_BHTK, k_BHTK, v_BHTK, mask_11TS, deterministic)
+            y_BHTK = self._attend(q_BHTK, k_BHTK, v_BHTK, deterministic)
         y_BTD = y_BHTK.swapaxes(1, 2).reshape(B, T, D)
         self.sow("intermediates", "mixed", y_BTD)
         y_BTD = self.c_proj(y_BTD, deterministic=deterministic)
         return self.resid_dropout(y_BTD, deterministic=deterministic), cache
 
-    def _use_cudnn(self, deterministic: bool) -> bool:
+    def _attend(
+        self, q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array, deterministic: bool
+    ) -> jax.Array:
+        """Attention within x, by the implementation that was chosen: [B, H, T, K].
+
+        Dropout of probabilities takes the plain form, which alone has them.
+        """
         implementation = self.implementation or choose_implementation(
             jax.default_backend(), self.dtype, self.config.head_width
         )
-        drops_probabilities = self.config.attn_pdrop > 0 and not deterministic
-        return implementation == "cudnn" and not drops_probabilities
+        if implementation == "plain" or (self.config.attn_pdrop > 0 and not deterministic):
+            T = q_BHTK.shape[2]
+            mask_11TS = visible(jnp.zeros(1, jnp.int32), T, T)[:, None]
+            return self._plain("BH", q_BHTK, k_BHTK, v_BHTK, mask_11TS, deterministic)
+        if implementation == "cudnn":
+            return _cudnn(q_BHTK, k_BHTK, v_BHTK)
+        return blocked_attention(q_BHTK, k_BHTK, v_BHTK, self.dtype)
 
     def _plain(
         self,

@@ -158,8 +158,8 @@ def test_a_number_that_is_none_is_no_parity(models: Models) -> None:
 def test_a_gradient_cut_off_is_found_nearest_to_the_loss(models: Models) -> None:
     """Logits and loss are right, and so are the gradients after the cut."""
 
-    def cut(_: Any, call: Callable, x_BTD: jax.Array) -> Any:
-        return call(jax.lax.stop_gradient(x_BTD))
+    def cut(_: Any, call: Callable, x_BTD: jax.Array, **options: Any) -> Any:
+        return call(jax.lax.stop_gradient(x_BTD), **options)
 
     with planted("h_1.mlp.c_fc", "__call__", cut):
         checks = check_gradients(models, random_tokens(CONFIG, (2, 21)))

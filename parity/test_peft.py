@@ -137,7 +137,7 @@ OURS = {
         alpha=6.0,
         rs_lora=True,
         rank_pattern=(("h_1.mlp.c_fc", 7), ("attn.c_attn", 2), ("h_1.attn.c_attn", 3)),
-        alpha_pattern=(("h_2.c_proj", 9.0), ("c_proj", 2.5), ("h_0.attn.c_attn", 1.0)),
+        alpha_pattern=(("h_2.mlp.c_proj", 9.0), ("c_proj", 2.5), ("h_0.attn.c_attn", 1.0)),
     ),
 }
 

@@ -60,7 +60,8 @@ def published(shared: Path) -> dict[str, np.ndarray]:
 def computed(nano_sort: Models, published: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """All that the JAX model computes on the published input, by path."""
     tokens_BT = jnp.asarray(published["idx"], jnp.int32)
-    _, kept = GPT2(nano_sort.config).apply(
+    # The plain form of attention alone has scores and probabilities to show.
+    _, kept = GPT2(nano_sort.config, implementation="plain").apply(
         {"params": nano_sort.params},
         tokens_BT,
         capture_intermediates=True,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax.attention import CausalSelfAttention, choose_implementation, empty_cache
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import GPT2
 
 # Sums of the same float32 terms in another order, through two blocks, at values near 3.
@@ -98,9 +99,53 @@ def test_an_empty_cache_has_room_for_every_head_and_layer(tiny_config):
         ("gpu", "bfloat16", 136, "plain"),
         ("gpu", "bfloat16", 20, "plain"),
         ("gpu", "float32", 64, "plain"),
-        ("cpu", "bfloat16", 64, "plain"),
+        ("cpu", "bfloat16", 64, "blocked"),
+        ("cpu", "float32", 5, "blocked"),
         ("tpu", "bfloat16", 64, "plain"),
     ],
 )
 def test_flash_attention_is_chosen_only_where_cudnn_has_it(platform, dtype, head_width, expected):
     assert choose_implementation(platform, jnp.dtype(dtype), head_width) == expected
+
+
+@pytest.mark.parametrize("T", [1, 5, 256, 300])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_give_the_plain_forms_values_and_gradients(T, dtype):
+    config = GPT2Config(n_positions=300, n_embd=24, n_layer=1, n_head=3, attn_pdrop=0.0)
+    rng = np.random.default_rng(T)
+    x_BTD, weights_BTD = (jnp.asarray(rng.normal(size=(2, T, 24)), jnp.float32) for _ in range(2))
+    plain, blocked = (
+        CausalSelfAttention(config, jnp.dtype(dtype), implementation)
+        for implementation in ("plain", "blocked")
+    )
+    params = plain.init(jax.random.key(0), x_BTD)
+    # Weights as large as this make some probabilities nearly one, and others nearly zero.
+    params = jax.tree.map(lambda leaf: leaf * 20, params)
+
+    def value(params, x_BTD, attention):
+        return jnp.sum(attention.apply(params, x_BTD)[0].astype(jnp.float32) * weights_BTD)
+
+    results = [
+        (attention.apply(params, x_BTD)[0], jax.grad(value, (0, 1))(params, x_BTD, attention))
+        for attention in (plain, blocked)
+    ]
+    # bfloat16 rounds a probability before or after it is divided by the sum: 8 bits either way.
+    tolerance = {"float32": 1e-5, "bfloat16": 0.03}[dtype]
+    for plain_leaf, blocked_leaf in zip(*map(jax.tree.leaves, results), strict=True):
+        plain_leaf, blocked_leaf = (np.asarray(x, np.float32) for x in (plain_leaf, blocked_leaf))
+        scale = np.abs(plain_leaf).max() or 1.0
+        assert np.abs(plain_leaf - blocked_leaf).max() <= tolerance * scale
+
+
+def test_blocks_are_chosen_on_a_cpu_and_not_where_probabilities_are_dropped():
+    config = GPT2Config(n_positions=8, n_embd=4, n_layer=1, n_head=1, attn_pdrop=0.5)
+    attention = CausalSelfAttention(config, jnp.float32)
+    x_BTD = jnp.ones((1, 8, 4))
+    params = attention.init(jax.random.key(0), x_BTD)
+
+    def program(**options):
+        return str(jax.make_jaxpr(lambda x: attention.apply(params, x, **options)[0])(x_BTD))
+
+    assert "blocked_attention" in program()
+    dropped = program(deterministic=False, rngs={"dropout": jax.random.key(1)})
+    assert "blocked_attention" not in dropped
