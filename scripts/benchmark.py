@@ -5,18 +5,16 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any
 
 from gpt2_jax import tokenizer
-from gpt2_jax.benchmarks.engines import ENGINE_NAMES, EngineName
+from gpt2_jax.benchmarks.flags import Generate, Lora, Memory, Rounding, Train
+from gpt2_jax.benchmarks.lora_load import TITLES
 from gpt2_jax.cli import parse_flags, parse_flags_over_config, run
 from gpt2_jax.config import check_positive_int
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import read_text, write_text
 from gpt2_jax.training.config_files import load_config_file
-from gpt2_jax.training.settings import TrainSettings
 
 OVERVIEW = """\
 What to measure comes first; each has flags of its own, which --help after it lists:
@@ -24,88 +22,9 @@ What to measure comes first; each has flags of its own, which --help after it li
   benchmark.py train     tokens per second of the training loop against the bare jitted step
   benchmark.py memory    what the compiled training step asks of each device
   benchmark.py generate  speed of generation, against whatever else is installed
+  benchmark.py lora      time of a LoRA step, against training all weights and against PEFT
   benchmark.py rounding  what weights of fewer bits cost in perplexity
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Train:
-    """Tokens per second of the training loop against the bare jitted step, on random tokens.
-
-    Every setting of the config is also a flag.
-    """
-
-    config: Path
-    """the run to measure, one of configs/*.py or your own"""
-    settings: Annotated[TrainSettings, tyro.conf.arg(name="")]
-    what: tyro.conf.Positional[Literal["train"]] = "train"
-    measured_steps: int = 30
-    """steps in a round"""
-    rounds: int = 3
-    """how often each is measured, by turns"""
-    output: Path | None = None
-    """also write the figures to this file, as JSON"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """What the compiled training step asks of each device. Every setting is also a flag."""
-
-    config: Path
-    """the run to measure, one of configs/*.py or your own"""
-    settings: Annotated[TrainSettings, tyro.conf.arg(name="")]
-    what: tyro.conf.Positional[Literal["memory"]] = "memory"
-    output: Path | None = None
-    """also write the figures to this file, as JSON"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Generate:
-    """Speed of greedy generation, ours against whatever else is installed, by turns.
-
-    All have the same weights and prompts and make the same number of tokens.
-    """
-
-    what: tyro.conf.Positional[Literal["generate"]] = "generate"
-    engines: tuple[EngineName, ...] = ENGINE_NAMES
-    """hf is Hugging Face transformers, ct2 CTranslate2, llama llama.cpp; one that is not
-    installed is left out"""
-    batch: tuple[int, ...] = (1,)
-    """how many prompts are continued at once; several numbers are measured one after another"""
-    prompt_tokens: int = 32
-    """length of each prompt"""
-    new_tokens: int = 128
-    """how many tokens are made for each"""
-    rounds: int = 5
-    """how often each engine is measured, by turns; medians are compared"""
-    threads: int | None = None
-    """CPU cores to use; None takes all"""
-    source: str | None = None
-    """weights as generate.py takes them: pretrained, a run or a Hugging Face directory; None
-    draws random ones, with which all is as fast"""
-    model: str | None = None
-    """size of pretrained or random weights: gpt2 (the default), gpt2-medium ..."""
-    shell: bool = True
-    """also measure how long generate.py takes from the shell to its first word"""
-    output: Path | None = None
-    """also write the figures to this file, as JSON"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rounding:
-    """What storing the weights in fewer bits costs, on a text the model was not trained on."""
-
-    text: Path
-    """UTF-8 file to read"""
-    source: str
-    """the model: pretrained, a run directory or a Hugging Face directory"""
-    what: tyro.conf.Positional[Literal["rounding"]] = "rounding"
-    last: float = 1.0
-    """read only this last fraction of the text, such as 0.1 for the part held out in training"""
-    tokens: int = 50_000
-    """how many to predict, at most"""
-    output: Path | None = None
-    """also write the figures to this file, as JSON"""
 
 
 def main() -> None:
@@ -114,7 +33,7 @@ def main() -> None:
         print(OVERVIEW, end="")
         return
     what = sys.argv[1] if sys.argv[1:] and not sys.argv[1].startswith("-") else "train"
-    flags: Train | Memory | Generate | Rounding
+    flags: Train | Memory | Generate | Lora | Rounding
     match what:
         case "train":
             flags = parse_flags_over_config(Train, load_config_file)
@@ -125,11 +44,14 @@ def main() -> None:
         case "generate":
             flags = parse_flags(Generate)
             figures = _generate(flags)
+        case "lora":
+            flags = parse_flags(Lora)
+            figures = _lora(flags)
         case "rounding":
             flags = parse_flags(Rounding)
             figures = _rounding(flags)
         case _:
-            known = "train, memory, generate or rounding"
+            known = "train, memory, generate, lora or rounding"
             raise UserError(f"{what!r} cannot be measured; give {known}")
     if flags.output is not None:
         try:
@@ -173,10 +95,16 @@ def _device() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def _generate(flags: Generate) -> dict[str, Any]:
+def _checked_threads(asked: int | None) -> int:
     from gpt2_jax.benchmarks.worker import cpu_cores
 
-    threads = cpu_cores() if flags.threads is None else flags.threads
+    threads = cpu_cores() if asked is None else asked
+    if not 1 <= threads <= cpu_cores():
+        raise UserError(f"threads={threads} must be from 1 to {cpu_cores()}, the cores there are")
+    return threads
+
+
+def _generate(flags: Generate) -> dict[str, Any]:
     for name in ("prompt_tokens", "rounds"):
         check_positive_int(name, getattr(flags, name))
     for name in ("engines", "batch"):
@@ -186,8 +114,7 @@ def _generate(flags: Generate) -> dict[str, Any]:
         check_positive_int("batch", batch)
     if flags.new_tokens < 2:
         raise UserError(f"new_tokens={flags.new_tokens} must be at least 2, or nothing is decoded")
-    if not 1 <= threads <= cpu_cores():
-        raise UserError(f"threads={threads} must be from 1 to {cpu_cores()}, the cores there are")
+    threads = _checked_threads(flags.threads)
 
     from rich.console import Console
 
@@ -219,6 +146,49 @@ def _generate(flags: Generate) -> dict[str, Any]:
     for name, reason in figures.left_out.items():
         console.print(f"{name} is left out: {reason}", markup=False, soft_wrap=True)
     return {"rounds": flags.rounds, "threads": threads, **figures.to_json()}
+
+
+def _lora(flags: Lora) -> dict[str, Any]:
+    for name in ("steps", "rounds"):
+        check_positive_int(name, getattr(flags, name))
+    for name in ("contestants", "dtype"):
+        if not getattr(flags, name):
+            raise UserError(f"--{name} is empty; give at least one, or leave it out")
+    threads = _checked_threads(flags.threads)
+
+    from rich.console import Console
+
+    from gpt2_jax.benchmarks.lora import measure_lora
+    from gpt2_jax.benchmarks.lora_report import LEGEND, comparisons, step_table
+
+    with Console(stderr=True).status("starting") as status:
+        measured = [
+            measure_lora(
+                list(dict.fromkeys(flags.contestants)),
+                flags.load.settings(dtype),
+                steps=flags.steps,
+                rounds=flags.rounds,
+                threads=threads,
+                report=status.update,
+            )
+            for dtype in dict.fromkeys(flags.dtype)
+        ]
+    console = Console(highlight=False)
+    load, adapter = flags.load, f"rank {flags.load.rank} on {', '.join(flags.load.targets)}"
+    rounds = f"medians of {flags.rounds} rounds of {flags.steps} steps"
+    console.print(f"{load.model}, {adapter}, {threads} threads, {rounds}\n", soft_wrap=True)
+    for figures in measured:
+        console.print(step_table(figures))
+        for line in (*comparisons(figures), ""):
+            console.print(line, markup=False, soft_wrap=True)
+        for name, reason in figures.left_out.items():
+            console.print(f"{TITLES[name]} is left out: {reason}", markup=False, soft_wrap=True)
+    console.print(LEGEND, end="", markup=False, soft_wrap=True)
+    return {
+        **dataclasses.asdict(load),
+        **{"steps": flags.steps, "rounds": flags.rounds, "threads": threads},
+        "measured": [figures.to_json() for figures in measured],
+    }
 
 
 def _rounding(flags: Rounding) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""The flags of scripts/benchmark.py, for each thing that it measures."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from gpt2_jax.benchmarks.engines import ENGINE_NAMES, EngineName
+from gpt2_jax.benchmarks.lora_load import CONTESTANTS, Contestant, Dtype, LoraLoad
+from gpt2_jax.training.settings import TrainSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Tokens per second of the training loop against the bare jitted step, on random tokens.
+
+    Every setting of the config is also a flag.
+    """
+
+    config: Path
+    """the run to measure, one of configs/*.py or your own"""
+    settings: Annotated[TrainSettings, tyro.conf.arg(name="")]
+    what: tyro.conf.Positional[Literal["train"]] = "train"
+    measured_steps: int = 30
+    """steps in a round"""
+    rounds: int = 3
+    """how often each is measured, by turns"""
+    output: Path | None = None
+    """also write the figures to this file, as JSON"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What the compiled training step asks of each device. Every setting is also a flag."""
+
+    config: Path
+    """the run to measure, one of configs/*.py or your own"""
+    settings: Annotated[TrainSettings, tyro.conf.arg(name="")]
+    what: tyro.conf.Positional[Literal["memory"]] = "memory"
+    output: Path | None = None
+    """also write the figures to this file, as JSON"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Speed of greedy generation, ours against whatever else is installed, by turns.
+
+    All have the same weights and prompts and make the same number of tokens.
+    """
+
+    what: tyro.conf.Positional[Literal["generate"]] = "generate"
+    engines: tuple[EngineName, ...] = ENGINE_NAMES
+    """hf is Hugging Face transformers, ct2 CTranslate2, llama llama.cpp; one that is not
+    installed is left out"""
+    batch: tuple[int, ...] = (1,)
+    """how many prompts are continued at once; several numbers are measured one after another"""
+    prompt_tokens: int = 32
+    """length of each prompt"""
+    new_tokens: int = 128
+    """how many tokens are made for each"""
+    rounds: int = 5
+    """how often each engine is measured, by turns; medians are compared"""
+    threads: int | None = None
+    """CPU cores to use; None takes all"""
+    source: str | None = None
+    """weights as generate.py takes them: pretrained, a run or a Hugging Face directory; None
+    draws random ones, with which all is as fast"""
+    model: str | None = None
+    """size of pretrained or random weights: gpt2 (the default), gpt2-medium ..."""
+    shell: bool = True
+    """also measure how long generate.py takes from the shell to its first word"""
+    output: Path | None = None
+    """also write the figures to this file, as JSON"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Time and memory of a LoRA step, against training all weights and against PEFT, by turns.
+
+    All start from the same random weights and adapter and learn the same random tokens.
+    """
+
+    what: tyro.conf.Positional[Literal["lora"]] = "lora"
+    load: Annotated[LoraLoad, tyro.conf.arg(name="")] = LoraLoad()
+    """the step"""
+    contestants: tuple[Contestant, ...] = CONTESTANTS
+    """lora and full are gpt2_jax with an adapter and with all weights, peft is Hugging Face's PEFT
+    on PyTorch, left out if it is not installed"""
+    dtype: tuple[Dtype, ...] = ("bfloat16",)
+    """compute dtype; several are measured one after another"""
+    steps: int = 3
+    """measured steps a round"""
+    rounds: int = 3
+    """how often each is measured, by turns; medians are compared"""
+    threads: int | None = None
+    """CPU cores to use; None takes all"""
+    output: Path | None = None
+    """also write the figures to this file, as JSON"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What storing the weights in fewer bits costs, on a text the model was not trained on."""
+
+    text: Path
+    """UTF-8 file to read"""
+    source: str
+    """the model: pretrained, a run directory or a Hugging Face directory"""
+    what: tyro.conf.Positional[Literal["rounding"]] = "rounding"
+    last: float = 1.0
+    """read only this last fraction of the text, such as 0.1 for the part held out in training"""
+    tokens: int = 50_000
+    """how many to predict, at most"""
+    output: Path | None = None
+    """also write the figures to this file, as JSON"""
