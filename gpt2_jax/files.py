@@ -67,6 +67,7 @@ def directory_written_beside(directory: Path) -> Iterator[Path]:
         scratch.chmod(0o755)  # mkdtemp's own mode hides the files from everyone else
         yield scratch
         for file in scratch.iterdir():
+            file.chmod(0o644)  # safetensors hides its files as well
             with file.open("rb") as data:
                 os.fsync(data.fileno())
         replace_directory(scratch, directory)

@@ -124,6 +124,12 @@ def test_pattern_keys_fit_one_block_of_many(tmp_path: Path) -> None:
     assert load_adapter(tmp_path / "out", config)[1] == settings
 
 
+def test_everyone_may_read_the_files(tmp_path, tiny_config):
+    lora = random_lora(tiny_config, LoraSettings())
+    save_adapter(tmp_path / "out", lora, LoraSettings(), tiny_config)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}
+
+
 def test_the_files_say_what_peft_asks(tmp_path: Path, tiny_config: GPT2Config) -> None:
     settings = LoraSettings(("c_proj",), rank=3, alpha=16.0, rs_lora=True, dropout=0.1)
     base = "openai-community/gpt2"

@@ -12,6 +12,7 @@ from gpt2_jax.training.settings import (
     MeshSettings,
     OptimizerSettings,
     TrainSettings,
+    sequences_per_pass,
 )
 
 Contestant = Literal["lora", "full", "peft"]
@@ -41,7 +42,7 @@ class LoraLoad:
     sequence_length: int = 512
     """T, tokens in each"""
     micro_batch_size: int | None = None
-    """sequences in one pass, gradients are accumulated; None takes the batch in a single pass"""
+    """sequences in one pass, gradients are accumulated; None takes finetune_lora.py's default"""
     rank: int = 8
     """R, the inner width of the adapter's two matrices"""
     alpha: float = 8.0
@@ -80,7 +81,9 @@ class LoraLoad:
     @property
     def pass_size(self) -> int:
         """Sequences in one pass."""
-        return self.batch if self.micro_batch_size is None else self.micro_batch_size
+        if self.micro_batch_size is None:
+            return sequences_per_pass(self.batch, 1, self.sequence_length)
+        return self.micro_batch_size
 
     def settings(self, dtype: Dtype) -> TrainSettings:
         """The run on one device, with an adapter; without it, all weights are trained."""
