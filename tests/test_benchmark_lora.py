@@ -135,7 +135,7 @@ def test_all_contestants_do_the_same_step(small_config: GPT2Config) -> None:
     assert abs(first - bare) > 1e-3
     for of in figures.measured.values():
         assert len(of.seconds) == len(of.cpu_seconds) == 2
-        assert of.peak_bytes is None or of.peak_bytes > 0
+        assert of.peak_bytes is None or of.peak_bytes >= 0
 
 
 @pytest.fixture

@@ -219,4 +219,6 @@ def _peak_bytes() -> int | None:
     if _trainer.program.device != "cpu":
         return _trainer.device_peak_bytes()
     peak = peak_resident_bytes()
-    return None if peak is None or _resident_before is None else peak - _resident_before
+    if peak is None or _resident_before is None:
+        return None
+    return max(0, peak - _resident_before)  # a tiny model may take less than was given back
