@@ -1,6 +1,7 @@
 """LoRA: the formula, which layers a name means, and a base that stays what it was."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -11,9 +12,9 @@ from flax import traverse_util
 
 from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.errors import UserError
-from gpt2_jax.lora import lora_shapes, merge
+from gpt2_jax.lora import adapt, lora_shapes, merge, unmerge
 from gpt2_jax.lora_settings import TARGETS, LoraSettings, adapted_layers
-from gpt2_jax.model import param_shapes
+from gpt2_jax.model import GPT2, apply, param_shapes
 
 PATTERNED = LoraSettings(
     targets=TARGETS,
@@ -176,3 +177,15 @@ def test_a_target_that_is_no_layer_is_refused(tiny_config, target):
 def test_settings_out_of_range_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         LoraSettings(**fields)
+
+
+def test_merged_and_beside_give_the_same_logits_and_merging_can_be_undone(tiny_config, tiny_params):
+    lora = jax.tree.map(lambda leaf: 0.2 * leaf, random_lora(tiny_config, PATTERNED))
+    tokens_BT = jnp.arange(64).reshape(2, 32)
+    forward = jax.jit(functools.partial(apply, GPT2(tiny_config)))
+    merged = merge(tiny_params, lora, PATTERNED)
+    beside_BTV = forward(adapt(tiny_params, lora, PATTERNED), tokens_BT)
+    np.testing.assert_allclose(forward(merged, tokens_BT), beside_BTV, rtol=1e-5, atol=1e-5)
+    assert np.abs(forward(tiny_params, tokens_BT) - beside_BTV).max() > 0.1
+    back = unmerge(merged, lora, PATTERNED)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), back, tiny_params)
