@@ -124,6 +124,14 @@ def check_given_once(flag: str, paths: Sequence[Path]) -> None:
             raise UserError(f"--{flag} {path} is given twice; give each once")
 
 
+def check_writable_place(file: Path) -> None:
+    """Raises UserError if a file to be written is a folder, or would lie in none."""
+    if file.is_dir():
+        raise UserError(f"cannot write {file}: it is a folder; give a file")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"cannot write {file}: its folder does not exist; make it first")
+
+
 def _parse(
     flags_type: type[Flags], default: Flags | None, args: list[str]
 ) -> tuple[Flags, list[str]]:

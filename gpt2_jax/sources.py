@@ -4,6 +4,7 @@ An adapter can be merged into any of them.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from gpt2_jax.config import SIZES, GPT2Config, config_for_size
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop.peft import fit_adapter, read_adapter
 from gpt2_jax.interop.pretrained import load_pretrained
-from gpt2_jax.lora import merge
+from gpt2_jax.lora import Lora, merge
+from gpt2_jax.lora_settings import LoraSettings
 from gpt2_jax.model import Params, param_shapes
 
 PRETRAINED = "pretrained"
@@ -39,16 +41,33 @@ def load_source(
       UserError: if the source or the adapter does not exist or does not hold what it should, or
         the adapter does not fit.
     """
-    # The adapter is read first: the base can be long in coming.
-    adapter = read_adapter(Path(lora)) if lora is not None else None
+    if lora is not None:
+        params, config, [adapter] = load_with_adapters(
+            source, [Path(lora)], model=model, weights=weights, revision=revision
+        )
+        return merge(params, *adapter), config
     place = find_source(source, model=model, weights=weights, revision=revision)
     if place.is_run:
-        params, config = _load_run(Path(place.name))
-    else:
-        params, config = load_pretrained(place.name, config=place.config, revision=revision)
-    if adapter is not None:
-        params = merge(params, *fit_adapter(adapter, config))
-    return params, config
+        return _load_run(Path(place.name))
+    return load_pretrained(place.name, config=place.config, revision=revision)
+
+
+def load_with_adapters(
+    source: str,
+    directories: Sequence[Path],
+    *,
+    model: str | None = None,
+    weights: str | None = None,
+    revision: str | None = None,
+) -> tuple[Params, GPT2Config, list[tuple[Lora, LoraSettings]]]:
+    """Loads a base, its configuration, and adapters that fit it, each by itself.
+
+    Arguments and errors are those of `load_source`; `directories` are the adapters'.
+    """
+    # The adapters are read first: the base can be long in coming.
+    files = [read_adapter(directory) for directory in directories]
+    params, config = load_source(source, model=model, weights=weights, revision=revision)
+    return params, config, [fit_adapter(adapter, config) for adapter in files]
 
 
 class Place(NamedTuple):

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from gpt2_jax.cli import check_given_once, given_flags, keep_compiled_programs, parse_flags, run
+from gpt2_jax.cli import (
+    check_given_once,
+    check_writable_place,
+    given_flags,
+    keep_compiled_programs,
+    parse_flags,
+    run,
+)
 from gpt2_jax.config import GPT2Config, check_positive_int
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import read_text
@@ -138,10 +145,8 @@ def _check(flags: Flags, given: set[str]) -> None:
     for name in ("windows", "sequence_length"):
         if name in given and flags.data is None and flags.text is None:
             raise UserError(f"--{name} goes with --data or --text; add one of them")
-    if flags.html is not None and flags.html.is_dir():
-        raise UserError(f"cannot write {flags.html}: it is a folder; give a file")
-    if flags.html is not None and not flags.html.absolute().parent.is_dir():
-        raise UserError(f"cannot write {flags.html}: its folder does not exist; make it first")
+    if flags.html is not None:
+        check_writable_place(flags.html)
 
 
 def _check_greedy(flags: Flags, given: set[str]) -> None:
@@ -161,18 +166,19 @@ def _check_greedy(flags: Flags, given: set[str]) -> None:
 def _load(flags: Flags) -> "tuple[list[Params], GPT2Config]":
     """The base, and it with each adapter."""
     from gpt2_jax.comparison.held_out import check_dataset
-    from gpt2_jax.interop.peft import fit_adapter, read_adapter
     from gpt2_jax.lora import merge
-    from gpt2_jax.sources import load_source
+    from gpt2_jax.sources import load_with_adapters
 
     if flags.data is not None:
         check_dataset(flags.data)
-    # All adapters are read first: the base can be long in coming.
-    adapters = [read_adapter(directory) for directory in flags.lora]
-    base, config = load_source(
-        flags.source, model=flags.model, weights=flags.weights, revision=flags.revision
+    base, config, adapters = load_with_adapters(
+        flags.source,
+        flags.lora,
+        model=flags.model,
+        weights=flags.weights,
+        revision=flags.revision,
     )
-    return [base, *(merge(base, *fit_adapter(files, config)) for files in adapters)], config
+    return [base, *(merge(base, *adapter) for adapter in adapters)], config
 
 
 def _windows(

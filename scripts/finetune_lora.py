@@ -100,7 +100,8 @@ class Flags:
     resume: bool = False
     """insist on a run to go on with; without it too, a run with the same settings is resumed"""
     allow_changes: bool = False
-    """go on with the run in run_dir even though settings, data or base have changed"""
+    """go on with the run in run_dir even though settings or data have changed; another base never
+    will do"""
     overwrite: bool = False
     """replace the run that is already in run_dir"""
     profile: bool = False

@@ -12,6 +12,7 @@ import tyro
 
 from gpt2_jax.cli import (
     check_given_once,
+    check_writable_place,
     given_flags,
     keep_compiled_programs,
     parse_flags,
@@ -169,25 +170,23 @@ def _check(flags: Flags, given: set[str]) -> None:
     if "alternatives" in given and not (flags.explain or flags.html or flags.json):
         raise UserError("--alternatives goes with --explain, --html or --json; add one of them")
     check_given_once("lora", [Path(directory) for directory in flags.lora])
-    if flags.html is not None and flags.html.is_dir():
-        raise UserError(f"cannot write {flags.html}: it is a folder; give a file")
-    if flags.html is not None and not flags.html.absolute().parent.is_dir():
-        raise UserError(f"cannot write {flags.html}: its folder does not exist; make it first")
+    if flags.html is not None:
+        check_writable_place(flags.html)
 
 
 def _load(flags: Flags, rows: int) -> tuple[list[Variant], GPT2Config]:
     """The base with every adapter, packed for `rows` texts at once, and the configuration."""
-    from gpt2_jax.interop.peft import fit_adapter, read_adapter
     from gpt2_jax.lora import merge
     from gpt2_jax.packed import pack
-    from gpt2_jax.sources import load_source
+    from gpt2_jax.sources import load_with_adapters
 
-    # The adapters are read first: the base can be long in coming.
-    files = [read_adapter(Path(directory)) for directory in flags.lora]
-    params, config = load_source(
-        flags.source, model=flags.model, weights=flags.weights, revision=flags.revision
+    params, config, adapters = load_with_adapters(
+        flags.source,
+        [Path(directory) for directory in flags.lora],
+        model=flags.model,
+        weights=flags.weights,
+        revision=flags.revision,
     )
-    adapters = [fit_adapter(adapter, config) for adapter in files]
     packed = functools.partial(pack, precision=flags.precision, rows=rows)
     if len(adapters) > 1:
         # Merged anew for every use, so that only one at a time lies in memory beside the base.
