@@ -45,6 +45,15 @@ class KVCache(NamedTuple):
     length_B: jax.Array
 
 
+class Branches(NamedTuple):
+    """Several texts in one row that begin alike: the beginning, then what each goes on with."""
+
+    position_BT: jax.Array
+    """each token's position in its own text"""
+    branch_BT: jax.Array
+    """0 at the beginning they share, then one number for each text"""
+
+
 def empty_cache(config: GPT2Config, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
     """Returns a cache for `batch` rows of up to `slots` positions, nothing written yet."""
     shape = (batch * config.n_head, slots, config.head_width)
@@ -92,6 +101,7 @@ class CausalSelfAttention(nn.Module):
         x_BTD: jax.Array,
         cache: LayerCache | None = None,
         start_B: jax.Array | None = None,
+        mask_BTS: jax.Array | None = None,
         *,
         deterministic: bool = True,
     ) -> tuple[jax.Array, LayerCache | None]:
@@ -101,6 +111,7 @@ class CausalSelfAttention(nn.Module):
           x_BTD: normalised residual stream.
           cache: earlier keys and values; None attends within x alone.
           start_B: position of x's first token in each row; needed with a cache.
+          mask_BTS: without a cache, which keys each query sees; None is those up to its own.
           deterministic: False applies dropout (rng "dropout").
 
         Returns:
@@ -127,19 +138,26 @@ class CausalSelfAttention(nn.Module):
             mask_NTS = jnp.repeat(mask_BTS, self.config.n_head, axis=0)
             y_BHTK = self._plain("N", q_NTK, *cache, mask_NTS, deterministic).reshape(q_BHTK.shape)
         else:
-            y_BHTK = self._attend(q_BHTK, k_BHTK, v_BHTK, deterministic)
+            y_BHTK = self._attend(q_BHTK, k_BHTK, v_BHTK, mask_BTS, deterministic)
         y_BTD = y_BHTK.swapaxes(1, 2).reshape(B, T, D)
         self.sow("intermediates", "mixed", y_BTD)
         y_BTD = self.c_proj(y_BTD, deterministic=deterministic)
         return self.resid_dropout(y_BTD, deterministic=deterministic), cache
 
     def _attend(
-        self, q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array, deterministic: bool
+        self,
+        q_BHTK: jax.Array,
+        k_BHTK: jax.Array,
+        v_BHTK: jax.Array,
+        mask_BTS: jax.Array | None,
+        deterministic: bool,
     ) -> jax.Array:
         """Attention within x, by the implementation that was chosen: [B, H, T, K].
 
-        Dropout of probabilities takes the plain form, which alone has them.
+        A mask takes the plain form, as does dropout of probabilities, which it alone has.
         """
+        if mask_BTS is not None:
+            return self._plain("BH", q_BHTK, k_BHTK, v_BHTK, mask_BTS[:, None], deterministic)
         implementation = self.implementation or choose_implementation(
             jax.default_backend(), self.dtype, self.config.head_width
         )
@@ -179,6 +197,17 @@ def visible(start_B: jax.Array, T: int, S: int) -> jax.Array:
     """Which of S keys each of T queries sees, bool [B, T, S]: those at or before its position."""
     query_position_BT = start_B[:, None] + jnp.arange(T)[None, :]
     return jnp.arange(S)[None, None, :] <= query_position_BT[:, :, None]
+
+
+def visible_in_branches(branch_BT: jax.Array) -> jax.Array:
+    """Which keys each query of `Branches` sees, bool [B, T, T].
+
+    Those at or before its place that are of its own branch, or of the beginning.
+    """
+    place_T = jnp.arange(branch_BT.shape[1])
+    before_1TT = (place_T[None, :] <= place_T[:, None])[None]
+    key_B1T, query_BT1 = branch_BT[:, None, :], branch_BT[:, :, None]
+    return before_1TT & ((key_B1T == 0) | (key_B1T == query_BT1))
 
 
 def _cudnn(q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array) -> jax.Array:

@@ -74,11 +74,14 @@ class Block(nn.Module):
         x_BTD: jax.Array,
         cache: LayerCache | None = None,
         start_B: jax.Array | None = None,
+        mask_BTS: jax.Array | None = None,
         *,
         deterministic: bool = True,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Arguments and results as for `CausalSelfAttention`."""
-        branch_BTD, cache = self.attn(self.ln_1(x_BTD), cache, start_B, deterministic=deterministic)
+        branch_BTD, cache = self.attn(
+            self.ln_1(x_BTD), cache, start_B, mask_BTS, deterministic=deterministic
+        )
         x_BTD = x_BTD + branch_BTD
         self.sow("intermediates", "middle", x_BTD)
         x_BTD = x_BTD + self.mlp(self.ln_2(x_BTD), deterministic=deterministic)

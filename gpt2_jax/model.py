@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gpt2_jax.attention import Implementation, KVCache
+from gpt2_jax.attention import Branches, Implementation, KVCache, visible_in_branches
 from gpt2_jax.block import Block
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.layers import Embedding, LayerNorm
@@ -94,33 +94,43 @@ class GPT2(nn.Module):
         return self.logits(x_BTD)
 
     def features(
-        self, tokens_BT: jax.Array, cache: KVCache | None = None, *, deterministic: bool = True
+        self,
+        tokens_BT: jax.Array,
+        cache: KVCache | None = None,
+        branches: Branches | None = None,
+        *,
+        deterministic: bool = True,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs all but the output head.
 
         With a cache, the tokens are taken to follow those already in it, row by row, and their
-        keys and values are added.
+        keys and values are added. With `branches`, a row holds several texts that begin alike;
+        T may then be more than `config.n_positions`, which their positions must be below.
 
         Returns:
           The normalised features [B, T, D] and the cache after these tokens.
 
         Raises:
-          ValueError: if T is more than `config.n_positions`.
+          ValueError: if one text's T is more than `config.n_positions`.
         """
         T = tokens_BT.shape[1]
-        if self.config.n_positions < T:
+        if self.config.n_positions < T and branches is None:
             raise ValueError(f"{T} tokens do not fit n_positions={self.config.n_positions}")
-        start_B = None if cache is None else cache.length_B
-        if start_B is None:
-            positions_BTD = self.wpe.first_rows(T)[None]
-        else:
+        start_B = mask_BTT = None
+        if branches is not None:
+            positions_BTD = self.wpe(branches.position_BT)
+            mask_BTT = visible_in_branches(branches.branch_BT)
+        elif cache is not None:
+            start_B = cache.length_B
             positions_BTD = self.wpe(start_B[:, None] + jnp.arange(T)[None, :])
+        else:
+            positions_BTD = self.wpe.first_rows(T)[None]
         x_BTD = self.wte(tokens_BT) + positions_BTD
         x_BTD = self.drop(x_BTD, deterministic=deterministic)
         layers = []
         for i, block in enumerate(self.h):
             if cache is None:
-                x_BTD = self._run_block(block, x_BTD, deterministic)
+                x_BTD = self._run_block(block, x_BTD, mask_BTT, deterministic)
             else:
                 x_BTD, layer = block(x_BTD, cache.layers[i], start_B, deterministic=deterministic)
                 assert layer is not None
@@ -129,11 +139,13 @@ class GPT2(nn.Module):
             cache = KVCache(tuple(layers), cache.length_B + T)
         return self.ln_f(x_BTD), cache
 
-    def _run_block(self, block: Block, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
+    def _run_block(
+        self, block: Block, x_BTD: jax.Array, mask_BTT: jax.Array | None, deterministic: bool
+    ) -> jax.Array:
         """One block without a cache, rematerialised as `remat` says."""
 
         def run(block: Block, x_BTD: jax.Array) -> jax.Array:
-            return block(x_BTD, deterministic=deterministic)[0]
+            return block(x_BTD, mask_BTS=mask_BTT, deterministic=deterministic)[0]
 
         if self.remat == "none":
             return run(block, x_BTD)

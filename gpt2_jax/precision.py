@@ -11,10 +11,26 @@
 """
 
 import functools
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+Tree = TypeVar("Tree")
+
+
+def round_kernels(params: Tree, dtype: DTypeLike) -> Tree:
+    """The parameters with their kernels already in the compute dtype, for use again and again.
+
+    Nothing that is computed changes. Tables stay: an embedding is added in float32.
+    """
+
+    def rounded(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        is_kernel = getattr(path[-1], "key", None) == "kernel"
+        return leaf.astype(dtype) if is_kernel else leaf
+
+    return jax.tree_util.tree_map_with_path(rounded, params)
 
 
 def einsum(spec: str, x: jax.Array, y: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
 from jax.typing import DTypeLike
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.lora import adapt
 from gpt2_jax.model import GPT2, AdaptedParams, Params, param_shapes
+from gpt2_jax.precision import round_kernels
 from gpt2_jax.training.mesh import Layout
 from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.training.settings import TrainSettings
@@ -118,13 +118,7 @@ def _abstract(tree: Any, layout: Layout) -> Any:
 
 def _freeze(config: GPT2Config, base: Params | None, dtype: DTypeLike, layout: Layout) -> Params:
     """The base on the devices, kernels in the compute dtype; without arrays, its shapes."""
-
-    def rounded(params: Params) -> Params:
-        flat = traverse_util.flatten_dict(params)
-        return traverse_util.unflatten_dict(
-            {path: x.astype(dtype) if path[-1] == "kernel" else x for path, x in flat.items()}
-        )
-
+    rounded = functools.partial(round_kernels, dtype=dtype)
     abstract = _abstract(jax.eval_shape(rounded, param_shapes(config)), layout)
     if base is None:
         return abstract
