@@ -17,7 +17,8 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.batches import training_batches, validation_windows
 from gpt2_jax.data.dataset import open_dataset
 from gpt2_jax.errors import UserError
-from gpt2_jax.evaluation.hellaswag import make_hellaswag, read_items
+from gpt2_jax.evaluation.hellaswag import make_hellaswag
+from gpt2_jax.evaluation.hellaswag_items import FIELDS, read_items
 from gpt2_jax.files import read_text
 from gpt2_jax.generation.decode import check_prompt, generate
 from gpt2_jax.generation.sampling import Sampling
@@ -157,13 +158,13 @@ def _probes(settings: TrainSettings) -> list[Probe]:
         )
     if hellaswag.every and agree(Path(hellaswag.path).exists()):
         _check_vocabulary(settings.model, "hellaswag.every")
-        items = read_items(Path(hellaswag.path), hellaswag.items)
+        items = read_items(Path(hellaswag.path), hellaswag.items, fields=FIELDS["build-nanogpt"])
 
         def make(model: GPT2, layout: Layout) -> Measure:
             score = make_hellaswag(model, items, layout.rows, layout.put_rows, layout.replicated)
 
             def measure(params: Params | AdaptedParams) -> dict[str, Any]:
-                result = score(params)
+                result = score(params).score
                 return {"hellaswag_acc": result.acc, "hellaswag_acc_norm": result.acc_norm}
 
             return measure

@@ -1,11 +1,12 @@
 """scripts/eval_hellaswag.py at the door: one model's scores, printed and written."""
 
 import dataclasses
+import http.server
 import json
-import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,11 +15,13 @@ from doors import Door
 from safetensors.numpy import save_file
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.evaluation.hellaswag import HellaSwagScore, make_hellaswag, read_items
+from gpt2_jax.evaluation.hellaswag import HellaSwagResult, HellaSwagScore, make_hellaswag
+from gpt2_jax.evaluation.hellaswag_items import PROTOCOLS, read_items
 from gpt2_jax.interop.export import export_model
 from gpt2_jax.interop.peft import load_adapter
 from gpt2_jax.lora import merge
 from gpt2_jax.model import GPT2, Params, init_params
+from gpt2_jax.tokenizer import encode
 
 CONFIG = GPT2Config(n_positions=128, n_embd=16, n_layer=1, n_head=2)
 ITEMS = 30
@@ -41,7 +44,9 @@ def write_items(file: Path) -> None:
 
     lines = [
         {
-            "ctx": words(5),
+            "activity_label": words(1),
+            **(parts := {"ctx_a": words(4), "ctx_b": words(1)}),
+            "ctx": " ".join(parts.values()),
             "endings": [words(count) for count in rng.integers(1, 7, 4)],
             "label": number % 4,
         }
@@ -80,38 +85,75 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def direct_score(
+def direct_results(
     params: Params, items: Path, limit: int | None = None, dtype: str = "float32"
-) -> HellaSwagScore:
-    """On one device, in batches of another size."""
-    return make_hellaswag(GPT2(CONFIG, dtype=dtype), read_items(items, limit), 4)(params)
+) -> dict[str, HellaSwagResult]:
+    """By each protocol, on one device, in batches of another size."""
+    model, items_read = GPT2(CONFIG, dtype=dtype), read_items(items, limit)
+    return {
+        protocol: make_hellaswag(model, items_read, 3, protocol=protocol)(params)
+        for protocol in PROTOCOLS
+    }
 
 
-def test_the_scores_are_printed_and_written(door, model_dir, params, tmp_path):
+def score_of(summary: dict[str, Any], items: int) -> HellaSwagScore:
+    return HellaSwagScore(summary["acc"], summary["acc_norm"], items)
+
+
+def test_both_protocols_are_printed_and_written(door, model_dir, params, tmp_path):
     flags = ("--source", model_dir, "--data", "items.jsonl", "--output", "results.json")
     code, out, err = door("eval_hellaswag", *flags, "--batch_size", 16, "--limit", 25)
     assert code == 0
-    expected = direct_score(params, tmp_path / "items.jsonl", 25)
-    assert re.fullmatch(
-        rf"""HellaSwag, protocol of build-nanogpt
-source    {re.escape(str(model_dir))}
-acc       {expected.acc:.4f} \+- {expected.acc_stderr:.4f}
-acc_norm  {expected.acc_norm:.4f} \+- {expected.acc_norm_stderr:.4f}
-items     25
+    expected = direct_results(params, tmp_path / "items.jsonl", 25)
+    blocks = [
+        rf"""
+protocol of {protocol}
+acc       {result.score.acc:.4f} \+- {result.score.acc_stderr:.4f}
+acc_norm  {result.score.acc_norm:.4f} \+- {result.score.acc_norm_stderr:.4f}
+ties      0 items, decided by less than 0.0001 nats
 seconds   \d+\.\d
-""",
-        out,
-    )
+"""
+        for protocol, result in expected.items()
+    ]
+    head = rf"HellaSwag, 25 items of items.jsonl\nsource    {re.escape(str(model_dir))}\n"
+    assert re.fullmatch(head + "".join(blocks), out)
     assert err == "scoring 25 items on 8 device(s) ...\nwrote results.json\n"
 
     written = json.loads((tmp_path / "results.json").read_text())
-    assert HellaSwagScore(written["acc"], written["acc_norm"], written["items"]) == expected
-    assert written["acc_stderr"] == math.sqrt(expected.acc * (1 - expected.acc) / 25)
-    assert written["acc_norm_stderr"] == expected.acc_norm_stderr
-    assert (written["protocol"], written["lora"]) == ("build-nanogpt", None)
+    assert (written["items"], written["limit"], written["lora"]) == (25, 25, None)
     assert (written["source"], written["dtype"]) == (str(model_dir), "float32")
+    assert written["batch_size"] == 16
     assert written["versions"]["jax"] == jax.__version__
+    assert list(written["protocols"]) == list(PROTOCOLS)
+    for protocol, result in expected.items():
+        summary = written["protocols"][protocol]
+        assert score_of(summary, 25) == result.score
+        assert summary["acc_stderr"] == result.score.acc_stderr
+        assert summary["acc_norm_stderr"] == result.score.acc_norm_stderr
+        assert (summary["ties"], summary["cut"]) == (0, 0)
+        for number, prediction in enumerate(written["predictions"]):
+            assert (prediction["item"], prediction["label"]) == (number, number % 4)
+            mine, direct = prediction[protocol], result.prediction(number)
+            assert mine["losses"] == pytest.approx(direct["losses"], abs=1e-4)
+            assert {**mine, "losses": None} == {**direct, "losses": None}
+    assert len(written["predictions"]) == 25
     assert not list(tmp_path.glob(".*"))
+
+
+def test_one_protocol_needs_its_own_fields_alone(door, model_dir, params, tmp_path):
+    lines = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["activity_label"], line["ctx_a"], line["ctx_b"]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("--source", model_dir, "--data", "few.jsonl")
+    code, out, _ = door("eval_hellaswag", *flags, "--protocols", "build-nanogpt")
+    assert code == 0
+    expected = direct_results(params, tmp_path / "items.jsonl")["build-nanogpt"].score
+    assert f"acc_norm  {expected.acc_norm:.4f} +- " in out
+    assert "lm-evaluation-harness" not in out
+    assert "few.jsonl, line 1: activity_label=None must be" in door.refuses(
+        "eval_hellaswag", *flags
+    )
 
 
 def test_an_adapter_is_merged_and_named(door, model_dir, adapter, params, tmp_path):
@@ -121,24 +163,53 @@ def test_an_adapter_is_merged_and_named(door, model_dir, adapter, params, tmp_pa
     assert f"\nlora      {adapter}\n" in out
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["lora"] == str(adapter)
-    adapted = merge(params, *load_adapter(adapter, CONFIG))
-    expected = direct_score(adapted, tmp_path / "items.jsonl")
-    assert HellaSwagScore(written["acc"], written["acc_norm"], ITEMS) == expected
-    assert expected != direct_score(params, tmp_path / "items.jsonl")
+    expected = direct_results(
+        merge(params, *load_adapter(adapter, CONFIG)), tmp_path / "items.jsonl"
+    )
+    plain = direct_results(params, tmp_path / "items.jsonl")
+    for protocol in PROTOCOLS:
+        assert score_of(written["protocols"][protocol], ITEMS) == expected[protocol].score
+        assert (expected[protocol].sums_NE != plain[protocol].sums_NE).any()
+
+
+def test_items_longer_than_the_context_are_counted(door, params, tmp_path):
+    short = dataclasses.replace(CONFIG, n_positions=10)
+    cut = {**params, "wpe": {"embedding": params["wpe"]["embedding"][:10]}}
+    export_model(tmp_path / "short", cut, short)
+    flags = ("--source", "short", "--data", "items.jsonl", "--protocols", "build-nanogpt")
+    code, out, _ = door("eval_hellaswag", *flags, "--limit", 10)
+    assert code == 0
+    items = read_items(tmp_path / "items.jsonl", 10)
+    longer = sum(max(len(encode(f"{i.ctx} {e}")) for e in i.endings) > 11 for i in items)
+    assert 0 < longer < 10
+    assert f"cut       {longer} items, longer than the model's context\n" in out
+
+
+def test_weights_that_give_no_number_are_refused(door, params, tmp_path):
+    broken = {**params, "ln_f": jax.tree.map(lambda leaf: leaf * np.nan, params["ln_f"])}
+    export_model(tmp_path / "broken", broken, CONFIG)
+    flags = ("--source", "broken", "--data", "items.jsonl", "--output", "results.json")
+    code, out, err = door("eval_hellaswag", *flags)
+    assert (code, out) == (2, "")
+    assert "error: the model's losses are not finite" in err
+    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.skipif("GPT2_JAX_SHARED" not in os.environ, reason="GPT2_JAX_SHARED is not set")
-def test_items_of_the_validation_set(door, model_dir, params):
+def test_items_of_the_validation_set(door, model_dir, params, tmp_path):
+    """From the cached copy, in bfloat16."""
     file = Path(os.environ["GPT2_JAX_SHARED"]) / "data" / "hellaswag_val.jsonl.gz"
     if not file.is_file():
         pytest.skip(f"{file} is absent")
-    flags = ("--source", model_dir, "--data", file, "--limit", 20)
-    code, out, _ = door("eval_hellaswag", *flags, "--dtype", "bfloat16")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "hellaswag_val.jsonl.gz").symlink_to(file)
+    flags = ("--source", model_dir, "--limit", 20, "--dtype", "bfloat16")
+    code, out, _ = door("eval_hellaswag", *flags)
     assert code == 0
-    expected = direct_score(params, file, 20, "bfloat16")
-    assert f"acc       {expected.acc:.4f} +- " in out
-    assert f"acc_norm  {expected.acc_norm:.4f} +- " in out
-    assert "items     20\n" in out
+    assert out.startswith("HellaSwag, 20 items of data/hellaswag_val.jsonl.gz\n")
+    for result in direct_results(params, file, 20, "bfloat16").values():
+        assert f"acc       {result.score.acc:.4f} +- " in out
+        assert f"acc_norm  {result.score.acc_norm:.4f} +- " in out
 
 
 @pytest.mark.parametrize(
@@ -156,6 +227,8 @@ def test_items_of_the_validation_set(door, model_dir, params):
         (["--data", "bad.jsonl"], "bad.jsonl, line 1 is not JSON"),
         (["--data", "empty.jsonl"], "empty.jsonl is empty"),
         (["--dtype", "float16"], "--dtype"),
+        (["--protocols"], "--protocols"),
+        (["--protocols", "mine"], "--protocols"),
         (["--output", "nowhere/results.json"], "cannot write nowhere/results.json"),
         (["--output", "items.jsonl/results.json"], "cannot write items.jsonl/results.json"),
         (["--output", "."], "cannot write .: it is a folder"),
@@ -169,8 +242,22 @@ def test_mistakes_are_told_before_the_model_is_loaded(door, tmp_path, monkeypatc
     assert rule in door.refuses("eval_hellaswag", "--data", "items.jsonl", *flags)
 
 
-def test_data_is_looked_for_where_training_does(door):
-    assert "cannot read data/hellaswag_val.jsonl" in door.refuses("eval_hellaswag")
+def test_without_data_the_validation_set_is_downloaded_and_checked(door, serve, tmp_path):
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write((tmp_path / "items.jsonl").read_bytes())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with serve(Other) as server:
+        url = f"http://127.0.0.1:{server.server_address[1]}/hellaswag_val.jsonl"
+        error = door.refuses("eval_hellaswag", "--url", url)
+    assert f"{url} is not HellaSwag's validation set: its sha256 is " in error
+    assert not (tmp_path / "data").exists()
+    assert "pass it with --data" in door.refuses("eval_hellaswag", "--url", url)
 
 
 def test_models_and_adapters_that_do_not_do_are_refused(door, model_dir, tmp_path):
@@ -187,10 +274,3 @@ def test_models_and_adapters_that_do_not_do_are_refused(door, model_dir, tmp_pat
         "eval_hellaswag", *flags, "--source", "small"
     )
     assert not (tmp_path / "results.json").exists()
-
-
-def test_standard_errors_are_those_of_a_share():
-    result = HellaSwagScore(acc=0.25, acc_norm=0.5, items=10_042)
-    assert result.acc_stderr == pytest.approx(0.00432, abs=1e-5)
-    assert result.acc_norm_stderr == pytest.approx(0.00499, abs=1e-5)
-    assert HellaSwagScore(1.0, 0.0, 3).acc_stderr == 0

@@ -1,42 +1,44 @@
-"""HellaSwag: the losses are those of the endings' tokens alone, whatever the batch."""
+"""HellaSwag: what each protocol makes of an item, and how it chooses."""
 
+import dataclasses
 import functools
-import gzip
-import hashlib
-import json
 import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
-from gpt2_jax.evaluation import hellaswag
+from gpt2_jax.evaluation.continuations import make_scorer
 from gpt2_jax.evaluation.hellaswag import (
+    HellaSwagResult,
     HellaSwagScore,
-    Item,
-    encode_items,
-    ending_losses,
+    judge,
     make_hellaswag,
-    read_items,
-    score,
+    question,
 )
+from gpt2_jax.evaluation.hellaswag_items import PROTOCOLS, Item, read_items
 from gpt2_jax.model import GPT2, apply, init_params
-from gpt2_jax.tokenizer import encode
+from gpt2_jax.tokenizer import decode, encode
 
 CONFIG = GPT2Config(n_positions=80, n_embd=8, n_layer=1, n_head=2)
 MODEL = GPT2(CONFIG)
+
+
+def item(context, endings, label, **fields):
+    parts = {"activity_label": "Test", "ctx_a": context, "ctx_b": "", "ctx": context, "ind": None}
+    return Item(**(parts | fields), endings=endings, label=label)
+
+
 ITEMS = [
-    Item("A man is sitting on a roof. he", ("is wrapping.", "naps", "falls off it", "sings a"), 3),
-    Item("The dog", ("barks at the moon", "reads", "is a very good dog", "flies away, far"), 0),
-    Item("One, two. " * 18, ("three and four, five", "six", "and so on", "no more of it"), 2),
+    item("A man is sitting on a roof. he", ("is wrapping.", "naps", "falls off it", "sings a"), 3),
+    item("The dog", ("barks at the moon", "reads", "is a very good dog", "flies away, far"), 0),
+    item("One, two. " * 22, ("three and four, five", "six", "and so on", "no more of it"), 2),
 ]
-LINE = {"ctx": "The dog", "endings": ["barks", "reads", "sings", "naps"], "label": 0}
 
 
 @pytest.fixture(scope="module")
@@ -64,157 +66,134 @@ def favouring(token):
     }
 
 
-def write(path, *lines):
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
 forward = jax.jit(functools.partial(apply, MODEL))
-losses_of_rows = jax.jit(functools.partial(ending_losses, model=MODEL))
 
 
-def plain_losses(params, item):
-    """Sum and mean for each ending [4], one text at a time, without padding or cutting."""
-    context = encode(item.context).tolist()
-    results = []
-    for text in item.endings:
-        ending = encode(" " + text).tolist()
-        inputs_BT = np.array([(context + ending)[:-1]])
-        logits_TV = np.asarray(forward(params, inputs_BT), np.float64)[0, -len(ending) :]
-        normaliser_T = np.log(np.exp(logits_TV).sum(axis=-1))
-        losses_T = normaliser_T - logits_TV[np.arange(len(ending)), ending]
-        results.append((losses_T.sum(), losses_T.mean()))
-    return np.array(results).T
+def plain_losses(params, context, ending):
+    """One text at a time, without padding; cut from the left as lm-evaluation-harness cuts."""
+    tokens = np.concatenate([context, ending])[-(CONFIG.n_positions + 1) :]
+    logits_TV = np.asarray(forward(params, tokens[None, :-1]), np.float64)[0, -len(ending) :]
+    normaliser_T = np.log(np.exp(logits_TV).sum(axis=-1))
+    return normaliser_T - logits_TV[np.arange(len(ending)), ending]
 
 
-def batched_losses(params, items):
-    """Sums and means [N, 4], from the rows of every length."""
-    sums_NE, means_NE = np.full((2, len(items), 4), np.nan)
-    for rows in encode_items(items, CONFIG.n_positions):
-        sum_B, mean_B = losses_of_rows(params, rows.tokens_BT, rows.mask_BT)
-        assert sum_B.dtype == mean_B.dtype == jnp.float32
-        sums_NE.flat[rows.places_B], means_NE.flat[rows.places_B] = sum_B, mean_B
-    return sums_NE, means_NE
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_losses_are_those_of_one_text_at_a_time(params, protocol):
+    result = make_hellaswag(MODEL, ITEMS, 5, protocol=protocol)(params)
+    for item, sums_E in zip(ITEMS, result.sums_NE, strict=True):
+        context, endings = question(item, protocol)
+        expected = [plain_losses(params, context, ending).sum() for ending in endings]
+        # float32 sums of up to 5 losses near 15, in another order.
+        np.testing.assert_allclose(sums_E, expected, atol=1e-5)
+    assert result.cut_N.tolist() == [False, False, True]
+    assert result.protocol == protocol
 
 
-def test_losses_are_those_of_one_text_at_a_time(params):
-    sums_NE, means_NE = batched_losses(params, ITEMS)
-    expected_N2E = np.stack([plain_losses(params, item) for item in ITEMS])
-    # float32 sums of up to 5 losses near 15, in another order.
-    np.testing.assert_allclose(sums_NE, expected_N2E[:, 0], atol=1e-5)
-    np.testing.assert_allclose(means_NE, expected_N2E[:, 1], atol=1e-5)
+def test_build_nanogpt_takes_texts_as_they_are():
+    odd = item("[header] How  to", ("[step] go. ", "a", "b", "c"), 0)
+    context, endings = question(odd, "build-nanogpt")
+    assert decode(context) == "[header] How  to"
+    assert decode(endings[0]) == " [step] go. "
+    result = judge([odd], make_scorer(MODEL, 1)(favouring(0), [(context, endings)]), PROTOCOLS[0])
+    assert result.lengths_NE.tolist() == [[len(ending) for ending in endings]]
 
 
-def test_the_rows_hold_context_and_ending_and_mark_the_ending():
-    assert [rows.tokens_BT.shape for rows in encode_items(ITEMS, 80)] == [(8, 65), (4, 81)]
-    for rows in encode_items(ITEMS, 80):
-        for tokens_T, mask_T, place in zip(*rows, strict=True):
-            item = ITEMS[place // 4]
-            context, ending = encode(item.context), encode(" " + item.endings[place % 4])
-            used = len(context) + len(ending)
-            assert tokens_T.tolist() == [*context, *ending, *[0] * (len(tokens_T) - used)]
-            assert np.flatnonzero(mask_T).tolist() == list(range(len(context), used))
+@pytest.mark.parametrize(
+    ("fields", "context"),
+    [
+        ({"activity_label": "Roof", "ctx_a": "A man.", "ctx_b": "he"}, "Roof: A man. He"),
+        ({"activity_label": "Home", "ctx_a": "[header] Do  it [title] Now", "ctx_b": ""},
+         "Home: Do it. Now"),
+        ({"activity_label": "X", "ctx_a": "a", "ctx_b": "he SAID Yes"}, "X: a He said yes"),
+    ],
+)  # fmt: skip
+def test_lm_evaluation_harness_cleans_texts(fields, context):
+    endings = ("[substeps] go.  There", " b [title] c", "d", "e")
+    found = question(item("", endings, 0, **fields), "lm-evaluation-harness")
+    assert decode(found.context) == context
+    assert [decode(ending) for ending in found.continuations] == [
+        "  go. There",
+        " b. c",
+        " d",
+        " e",
+    ]
 
 
-@settings(max_examples=30)
-@given(
-    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 90)), min_size=1, max_size=5),
-    st.integers(90, 200),
-)
-def test_a_long_context_is_cut_from_the_left_and_lengths_are_few(sizes, max_length):
-    """ " a" is one token, so the sizes are in tokens."""
-    items = [Item("b" + " a" * (size - 1), ("a" + " a" * (n - 1),) * 4, 0) for size, n in sizes]
-    for rows in encode_items(items, max_length):
-        length = rows.tokens_BT.shape[1] - 1
-        assert length == max_length or (length < max_length and length % 64 == 0)
-        for tokens_T, mask_T, place in zip(*rows, strict=True):
-            context, ending = sizes[place // 4]
-            end = min(context + ending, max_length + 1)
-            assert length - 64 < end - 1 <= length
-            assert np.flatnonzero(mask_T).tolist() == list(range(end - ending, end))
-            # Its first token is the context's only where nothing was cut.
-            assert (tokens_T[0] == encode("b")[0]) == (context + ending <= max_length + 1)
-            assert not tokens_T[end:].any()
+def test_spaces_at_the_end_of_a_context_go_to_the_ending():
+    odd = item("", ("b", "c", "d", "e"), 0, activity_label="A", ctx_a="x [y]", ctx_b="[z]")
+    context, endings = question(odd, "lm-evaluation-harness")
+    assert decode(context) == "A: x"
+    assert decode(endings[0]) == "  b"
 
 
-def test_a_row_that_just_fits_is_not_padded_further():
-    """One token is only an input and one only a target: 65 tokens are 64 of each."""
-    items = [Item("b" + " a" * (size - 1), ("a",) * 4, 0) for size in (65, 64, 3)]
-    (short, long) = encode_items(items, 1024)
-    assert (short.tokens_BT.shape, long.tokens_BT.shape) == ((8, 65), (4, 129))
+def test_a_context_of_nothing_is_the_end_of_text():
+    odd = item("", ("b", "c", "d", "e"), 0, activity_label="[A", ctx_a="]", ctx_b="")
+    context, endings = question(odd, "lm-evaluation-harness")
+    assert decode(context) == "<|endoftext|>"
+    assert decode(endings[1]) == " c"
 
 
-def test_every_ending_of_every_item_is_there_once():
-    rows = encode_items(ITEMS, 80)
-    assert sorted(np.concatenate([group.places_B for group in rows]).tolist()) == list(range(12))
+def test_the_harness_divides_by_characters_and_an_ending_of_none_never_wins(params):
+    odd = item("a", ("[step]", "é b", "[title] c", "d"), 0)
+    result = make_hellaswag(MODEL, [odd], 1, protocol="lm-evaluation-harness")(params)
+    assert result.lengths_NE.tolist() == [[0, 3, 2, 1]]
+    assert np.isinf(result.normalised[0, 0])
+    assert result.normalised_choices[0] != 0
+    assert result.ties(1e-6) == 0
 
 
-def test_an_ending_longer_than_the_model_is_refused():
-    item = Item("b", ("a", "a", "a" + " a" * 9, "a"), 0)
-    assert encode_items([item], 10)[0].tokens_BT.shape == (4, 11)
-    with pytest.raises(UserError, match=r"ending 2 of HellaSwag item 2 has 10 tokens, .*=9"):
-        encode_items([ITEMS[1]._replace(endings=("a",) * 4), item], 9)
-
-
-def test_the_score_does_not_depend_on_the_batch_size(params):
-    """The labels are the likeliest endings: a single wrong loss would show."""
-    sums_NE, means_NE = batched_losses(params, ITEMS)
-    winners_N = sums_NE.argmin(axis=-1)
-    items = [item._replace(label=int(n)) for item, n in zip(ITEMS, winners_N, strict=True)]
-    expected = score(winners_N, sums_NE, means_NE)
-    assert expected.acc == 1
-    assert {make_hellaswag(MODEL, items, size)(params) for size in (1, 5, 16)} == {expected}
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_predictions_do_not_depend_on_the_batch_size(params, protocol):
+    results = [make_hellaswag(MODEL, ITEMS, size, protocol=protocol)(params) for size in (1, 4, 16)]
+    for result in results[1:]:
+        np.testing.assert_allclose(result.sums_NE, results[0].sums_NE, atol=1e-5)
+        np.testing.assert_array_equal(result.choices, results[0].choices)
+        np.testing.assert_array_equal(result.normalised_choices, results[0].normalised_choices)
 
 
 @pytest.mark.parametrize(("word", "expected"), [(" cat", 1.0), (" dog", 0.0), (" sky", 0.5)])
-def test_the_ending_a_model_favours_wins(word, expected):
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_ending_a_model_favours_wins(protocol, word, expected):
     """Endings of one length, so that sum and mean agree; with no favourite, the first wins."""
     items = [
-        Item("I saw a", ("dog", "cat", "dog", "dog"), 1),
-        Item("You saw a big", ("cat", "dog", "dog", "dog"), 0),
+        item("I saw a", ("dog", "cat", "dog", "dog"), 1),
+        item("You saw a big", ("cat", "dog", "dog", "dog"), 0),
     ]
     (token,) = encode(word)
-    result = make_hellaswag(MODEL, items, 4)(favouring(token))
-    assert result == HellaSwagScore(acc=expected, acc_norm=expected, items=2)
+    result = make_hellaswag(MODEL, items, 4, protocol=protocol)(favouring(token))
+    assert result.score == HellaSwagScore(acc=expected, acc_norm=expected, items=2)
+
+
+def result_of(sums_NE, lengths_NE, labels_N=(0,)):
+    arrays = (np.array(labels_N), np.array(sums_NE, float), np.array(lengths_NE))
+    return HellaSwagResult("build-nanogpt", *arrays, np.zeros(len(labels_N), bool))
 
 
 def test_acc_takes_the_smallest_sum_and_acc_norm_the_smallest_mean():
-    labels_N = np.array([0, 1, 3])
-    sums_NE = np.array([[1, 2, 3, 4], [4, 1, 3, 2], [1, 2, 3, 4]])
-    means_NE = np.array([[2, 1, 3, 4], [1, 4, 3, 2], [4, 3, 2, 1]])
-    assert score(labels_N, sums_NE, means_NE) == HellaSwagScore(2 / 3, 1 / 3, 3)
+    sums_NE = [[1, 2, 3, 4], [4, 1, 3, 2], [1, 2, 3, 4]]
+    lengths_NE = [[1, 4, 1, 1], [8, 1, 1, 1], [1, 2, 6, 4]]
+    result = result_of(sums_NE, lengths_NE, (0, 1, 2))
+    assert result.choices.tolist() == [0, 1, 0]
+    assert result.normalised_choices.tolist() == [1, 0, 2]
+    assert result.score == HellaSwagScore(2 / 3, 1 / 3, 3)
+    assert result.prediction(1) == {
+        "acc": 1, "acc_norm": 0, "losses": [4, 1, 3, 2], "lengths": [8, 1, 1, 1]
+    }  # fmt: skip
 
 
-def test_every_batch_has_one_of_few_shapes_and_nothing_compiles_again(params, monkeypatch):
-    shapes, traces = [], []
-
-    def put(array):
-        shapes.append(array.shape)
-        return jnp.asarray(array)
-
-    def traced(*args, **kwargs):
-        traces.append(args)
-        return ending_losses(*args, **kwargs)
-
-    monkeypatch.setattr(hellaswag, "ending_losses", traced)
-    evaluate = make_hellaswag(MODEL, ITEMS, 5, put)
-    first = evaluate(params)
-    # 8 short rows and 4 long ones make 2 + 1 batches, each of tokens and a mask.
-    assert shapes == 4 * [(5, 65)] + 2 * [(5, 81)]
-    assert len(traces) == 2
-    assert evaluate(params) == first
-    assert evaluate(favouring(0)) != first
-    assert len(traces) == 2
+def test_ties_are_items_that_a_small_error_would_decide():
+    apart = [10, 20, 30, 40], [2, 2, 2, 2]
+    sums_close = [10, 10.05, 30, 40], [2, 4, 2, 2]
+    means_close = [10, 20.05, 90, 90], [2, 4, 2, 2]
+    result = result_of(*zip(apart, sums_close, means_close, strict=True), labels_N=(0, 0, 0))
+    assert [result.ties(nats) for nats in (0.01, 0.1, 20)] == [0, 2, 3]
 
 
-def test_rows_may_be_split_over_devices(params):
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.NamedSharding(mesh, jax.P("data"))
-    whole = jax.NamedSharding(mesh, jax.P())
-    evaluate = make_hellaswag(
-        MODEL, ITEMS, 2 * jax.device_count(), lambda array: jax.device_put(array, rows), whole
-    )
-    assert evaluate(jax.device_put(params, whole)) == make_hellaswag(MODEL, ITEMS, 4)(params)
+def test_standard_errors_are_those_of_a_share():
+    result = HellaSwagScore(acc=0.25, acc_norm=0.5, items=10_042)
+    assert result.acc_stderr == pytest.approx(0.00432, abs=1e-5)
+    assert result.acc_norm_stderr == pytest.approx(0.00499, abs=1e-5)
+    assert HellaSwagScore(1.0, 0.0, 3).acc_stderr == 0
 
 
 def test_a_model_of_another_vocabulary_is_refused(tiny_config):
@@ -222,88 +201,53 @@ def test_a_model_of_another_vocabulary_is_refused(tiny_config):
         make_hellaswag(GPT2(tiny_config), ITEMS, 4)
 
 
-@pytest.mark.parametrize("name", ["items.jsonl", "items.jsonl.gz"])
-def test_items_are_read_from_plain_and_gzipped_lines(tmp_path, name):
-    text = "".join(json.dumps({**LINE, "label": label}) + "\n" for label in (2, 0, 1))
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
-    items = read_items(path)
-    assert items[0] == Item("The dog", ("barks", "reads", "sings", "naps"), 2)
-    assert [item.label for item in items] == [2, 0, 1]
-    assert read_items(path, limit=2) == items[:2]
-    assert read_items(path, limit=9) == items
-
-
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("", "is not JSON"),
-        ("{", "is not JSON"),
-        ("[1]", "is not a JSON object"),
-        (json.dumps({**LINE, "ctx": ""}), "ctx='' must be"),
-        (json.dumps({"endings": LINE["endings"], "label": 0}), "ctx=None must be"),
-        (json.dumps({**LINE, "ctx": 5}), "ctx=5 must be"),
-        (json.dumps({**LINE, "endings": ["a", "b", "c"]}), r"endings=\['a', 'b', 'c'\] must be 4"),
-        (json.dumps({**LINE, "endings": ["a", "b", "c", 1]}), "must be 4 texts"),
-        (json.dumps({**LINE, "endings": ["a", "b", "c", ""]}), "must be 4 texts"),
-        (json.dumps({**LINE, "endings": "abcd"}), "endings='abcd' must be 4 texts"),
-        (json.dumps({**LINE, "label": 4}), "label=4 must be a whole number from 0 to 3"),
-        (json.dumps({**LINE, "label": -1}), "label=-1 must be"),
-        (json.dumps({**LINE, "label": "1"}), "label='1' must be"),
-        (json.dumps({**LINE, "label": True}), "label=True must be"),
-    ],
-)
-def test_a_bad_line_is_told_with_file_and_number(tmp_path, line, complaint):
-    path = write(tmp_path / "items.jsonl", json.dumps(LINE), line, json.dumps(LINE))
-    with pytest.raises(UserError, match=rf"items\.jsonl, line 2:? .*{complaint}.*; take the file"):
-        read_items(path)
-    assert len(read_items(path, limit=1)) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "complaint"),
-    [
-        ("items.jsonl", b"", "items.jsonl is empty"),
-        ("items.jsonl", b"\xff\n", "cannot read .*items.jsonl: .*0xff"),
-        ("items.jsonl.gz", b"plain text", "cannot read .*items.jsonl.gz: Not a gzipped file"),
-        (
-            "items.jsonl.gz",
-            gzip.compress(b"{}", mtime=0)[:-9],
-            "cannot read .*items.jsonl.gz: Compressed",
-        ),
-        (
-            "items.jsonl.gz",
-            gzip.compress(b"{}", mtime=0)[:10] + b"\xff" * 9,
-            "cannot read .*jsonl.gz: Err",
-        ),
-        ("items.jsonl", None, "cannot read .*items.jsonl: No such file"),
-    ],
-)
-def test_a_bad_file_is_told_with_its_name(tmp_path, name, content, complaint):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=complaint) as raised:
-        read_items(tmp_path / name)
-    assert "\n" not in str(raised.value)
-    assert "give HellaSwag's hellaswag_val.jsonl" in str(raised.value)
-
-
-@pytest.mark.parametrize("limit", [0, -1, 1.5])
-def test_a_limit_that_is_no_count_is_refused(tmp_path, limit):
-    with pytest.raises(UserError, match="limit="):
-        read_items(write(tmp_path / "items.jsonl", json.dumps(LINE)), limit)
-
-
-@pytest.mark.skipif("GPT2_JAX_SHARED" not in os.environ, reason="GPT2_JAX_SHARED is not set")
-def test_the_validation_set_is_read_whole_and_fits_three_lengths():
+@pytest.fixture(scope="module")
+def validation_items():
+    if "GPT2_JAX_SHARED" not in os.environ:
+        pytest.skip("GPT2_JAX_SHARED is not set")
     path = Path(os.environ["GPT2_JAX_SHARED"]) / "data" / "hellaswag_val.jsonl.gz"
     if not path.is_file():
         pytest.skip(f"{path} is absent")
-    assert hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest().startswith("0aa3b888")
-    items = read_items(path)
-    assert len(items) == 10_042
-    assert items[0].context == "A man is sitting on a roof. he"
-    assert items[0].endings[3] == "starts pulling up roofing on a roof."
-    assert items[0].label == 3
-    assert read_items(path, limit=3) == items[:3]
-    assert [rows.tokens_BT.shape[1] for rows in encode_items(items, 1024)] == [65, 129, 193]
+    return read_items(path)
+
+
+def test_the_metric_has_the_right_sign(validation_items):
+    """Trained on the true endings of some items, a model finds them; before, it only guesses.
+
+    Endings alone are scored, so that they must be told apart by what follows the context.
+    """
+    items = validation_items[:12]
+    config = dataclasses.replace(CONFIG, n_embd=32, n_positions=128, embd_pdrop=0.0,
+                                 attn_pdrop=0.0, resid_pdrop=0.0)  # fmt: skip
+    model = GPT2(config)
+    params = init_params(config, jax.random.key(0))
+    evaluates = [make_hellaswag(model, items, 16, protocol=protocol) for protocol in PROTOCOLS]
+    before = [evaluate(params).score for evaluate in evaluates]
+    texts = [
+        np.concatenate([context, endings[item.label]])[:49]
+        for item in items
+        for context, endings in (question(item, PROTOCOLS[0]),)
+    ]
+    tokens_NT = np.stack([np.pad(text, (0, 49 - len(text))) for text in texts]).astype(np.int32)
+    weight_NT = np.stack([np.arange(1, 49) < len(text) for text in texts])
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(params, state):
+        def loss(params):
+            logits_BTV = apply(model, params, tokens_NT[:, :-1])
+            loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_NT[:, 1:])
+            return jnp.sum(loss_BT * weight_NT) / weight_NT.sum()
+
+        updates, state = optimizer.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for _ in range(40):
+        params, state = step(params, state)
+    for evaluate, guess in zip(evaluates, before, strict=True):
+        trained = evaluate(params).score
+        assert abs(guess.acc - 0.25) < 4 * guess.acc_stderr
+        assert abs(guess.acc_norm - 0.25) < 4 * guess.acc_norm_stderr
+        assert trained.acc > 0.6
+        assert trained.acc_norm > 0.9
