@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_jax import tokenizer
-from gpt2_jax.benchmarks.flags import Generate, Lora, Memory, Rounding, Train
+from gpt2_jax.benchmarks.flags import Generate, HellaSwag, Lora, Memory, Rounding, Train
+from gpt2_jax.benchmarks.hellaswag_scorers import TITLES as SCORERS
 from gpt2_jax.benchmarks.lora_load import TITLES
 from gpt2_jax.cli import parse_flags, parse_flags_over_config, run
 from gpt2_jax.config import check_positive_int
 from gpt2_jax.errors import UserError
+from gpt2_jax.evaluation.hellaswag_items import FIELDS, read_items, validation_file
 from gpt2_jax.files import read_text, write_text
 from gpt2_jax.training.config_files import load_config_file
 
@@ -23,6 +25,7 @@ What to measure comes first; each has flags of its own, which --help after it li
   benchmark.py memory    what the compiled training step asks of each device
   benchmark.py generate  speed of generation, against whatever else is installed
   benchmark.py lora      time of a LoRA step, against training all weights and against PEFT
+  benchmark.py hellaswag speed of scoring, against PyTorch and lm-evaluation-harness
   benchmark.py rounding  what weights of fewer bits cost in perplexity
 """
 
@@ -33,7 +36,7 @@ def main() -> None:
         print(OVERVIEW, end="")
         return
     what = sys.argv[1] if sys.argv[1:] and not sys.argv[1].startswith("-") else "train"
-    flags: Train | Memory | Generate | Lora | Rounding
+    flags: Train | Memory | Generate | Lora | HellaSwag | Rounding
     match what:
         case "train":
             flags = parse_flags_over_config(Train, load_config_file)
@@ -47,11 +50,14 @@ def main() -> None:
         case "lora":
             flags = parse_flags(Lora)
             figures = _lora(flags)
+        case "hellaswag":
+            flags = parse_flags(HellaSwag)
+            figures = _hellaswag(flags)
         case "rounding":
             flags = parse_flags(Rounding)
             figures = _rounding(flags)
         case _:
-            known = "train, memory, generate, lora or rounding"
+            known = "train, memory, generate, lora, hellaswag or rounding"
             raise UserError(f"{what!r} cannot be measured; give {known}")
     if flags.output is not None:
         try:
@@ -188,6 +194,59 @@ def _lora(flags: Lora) -> dict[str, Any]:
         **dataclasses.asdict(load),
         **{"steps": flags.steps, "rounds": flags.rounds, "threads": threads},
         "measured": [figures.to_json() for figures in measured],
+    }
+
+
+def _hellaswag(flags: HellaSwag) -> dict[str, Any]:
+    for name in ("items", "rounds"):
+        check_positive_int(name, getattr(flags, name))
+    for name in ("contestants", "dtype", "batch"):
+        if not getattr(flags, name):
+            raise UserError(f"--{name} is empty; give at least one, or leave it out")
+    for batch in flags.batch:
+        check_positive_int("batch", batch)
+    threads = _checked_threads(flags.threads)
+    data = validation_file() if flags.data is None else flags.data
+    items = read_items(data, fields=FIELDS["lm-evaluation-harness"])
+    chosen = items[:: max(1, len(items) // flags.items)][: flags.items]
+
+    from rich.console import Console
+
+    from gpt2_jax.benchmarks.hellaswag import measure_hellaswag, padding
+    from gpt2_jax.benchmarks.hellaswag_report import LEGEND, padding_lines, speed_table
+
+    with Console(stderr=True).status("starting") as status:
+        measured = [
+            measure_hellaswag(
+                list(dict.fromkeys(flags.contestants)),
+                chosen,
+                source=flags.source,
+                model=flags.model,
+                dtype=dtype,
+                batch_sizes=list(dict.fromkeys(flags.batch)),
+                rounds=flags.rounds,
+                threads=threads,
+                report=status.update,
+            )
+            for dtype in dict.fromkeys(flags.dtype)
+        ]
+    console = Console(highlight=False)
+    weights = flags.source or f"{flags.model or 'gpt2'} with random weights"
+    rounds = f"medians of {flags.rounds} rounds of {len(chosen):,} items"
+    console.print(f"{weights}, {threads} threads, {rounds}\n", soft_wrap=True)
+    for figures in measured:
+        console.print(speed_table(figures))
+        for name, reason in figures.left_out.items():
+            console.print(f"{SCORERS[name]} is left out: {reason}", markup=False, soft_wrap=True)
+    console.print(LEGEND, markup=False, soft_wrap=True)
+    counted = padding(items, n_positions=1024, batch_size=4)
+    console.print(f"{data}, {len(items):,} items in batches of 4", markup=False, soft_wrap=True)
+    for line in padding_lines(counted):
+        console.print(line, markup=False, soft_wrap=True)
+    return {
+        **{"data": str(data), "items": len(chosen), "weights": weights, "rounds": flags.rounds},
+        **{"threads": threads, "measured": [figures.to_json() for figures in measured]},
+        "tokens": dataclasses.asdict(counted),
     }
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from gpt2_jax.benchmarks import hellaswag_scorers
 from gpt2_jax.benchmarks.engines import ENGINE_NAMES, EngineName
 from gpt2_jax.benchmarks.lora_load import CONTESTANTS, Contestant, Dtype, LoraLoad
 from gpt2_jax.training.settings import TrainSettings
@@ -95,6 +96,37 @@ class Lora:
     """how often each is measured, by turns; medians are compared"""
     threads: int | None = None
     """CPU cores to use; None takes all"""
+    output: Path | None = None
+    """also write the figures to this file, as JSON"""
+
+
+@dataclasses.dataclass(frozen=True)
+class HellaSwag:
+    """Speed of scoring HellaSwag by lm-evaluation-harness's protocol, against PyTorch, by turns.
+
+    All score the same items with the same weights. Tokens are counted for all of the items.
+    """
+
+    what: tyro.conf.Positional[Literal["hellaswag"]] = "hellaswag"
+    data: Path | None = None
+    """items as .jsonl or .jsonl.gz; None is the validation set, as for eval_hellaswag.py"""
+    items: int = 96
+    """how many to score, spread over the file"""
+    contestants: tuple[hellaswag_scorers.Contestant, ...] = hellaswag_scorers.CONTESTANTS
+    """ours; torch, one text at a time; harness, lm-evaluation-harness with its hf model. One that
+    is not installed is left out"""
+    dtype: tuple[Dtype, ...] = ("float32",)
+    """compute dtype, and that of PyTorch's weights; several are measured one after another"""
+    batch: tuple[int, ...] = (1, 4, 16)
+    """rows of a batch; of several, each contestant takes what is fastest for it"""
+    rounds: int = 2
+    """how often each is measured, by turns; medians are compared"""
+    threads: int | None = None
+    """CPU cores to use; None takes all"""
+    source: str | None = None
+    """weights as eval_hellaswag.py takes them; None draws random ones, with which all is as fast"""
+    model: str | None = None
+    """size of pretrained or random weights: gpt2 (the default), gpt2-medium ..."""
     output: Path | None = None
     """also write the figures to this file, as JSON"""
 
