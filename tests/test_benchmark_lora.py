@@ -12,8 +12,8 @@ import pytest
 from doors import Door
 from rich.console import Console
 
+from gpt2_jax.benchmarks import contestants, lora_load
 from gpt2_jax.benchmarks import lora as lora_module
-from gpt2_jax.benchmarks import lora_load
 from gpt2_jax.benchmarks.lora import LoraFigures, Measured, measure_lora
 from gpt2_jax.benchmarks.lora_load import TITLES, LoraLoad, missing_packages
 from gpt2_jax.benchmarks.lora_report import LEGEND, comparisons, step_table
@@ -98,7 +98,7 @@ def ours_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return Worker(threads, device) if device == "cpu" else InProcess(threads, device)
 
     monkeypatch.setattr(lora_module, "Worker", worker)
-    monkeypatch.setattr(lora_module, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(contestants, "SETTLE_SECONDS", 0)
 
 
 def tiny_settings(config: GPT2Config) -> TrainSettings:
@@ -167,7 +167,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     monkeypatch.setattr(lora_module, "Worker", InProcess)
     monkeypatch.setattr(lora_module, "OurTrainer", trainer)
     monkeypatch.setattr("gpt2_jax.benchmarks.lora_peft.PeftTrainer", lambda _: Made("peft"))
-    monkeypatch.setattr(lora_module, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(contestants, "SETTLE_SECONDS", 0)
     monkeypatch.setattr(lora_module, "missing_packages", lambda _: [])
     return made
 

@@ -117,7 +117,7 @@ class HellaSwag:
     is not installed is left out"""
     dtype: tuple[Dtype, ...] = ("float32",)
     """compute dtype, and that of PyTorch's weights; several are measured one after another"""
-    batch: tuple[int, ...] = (1, 4, 16)
+    batch: tuple[int, ...] = (4, 8, 16)
     """rows of a batch; of several, each contestant takes what is fastest for it"""
     rounds: int = 2
     """how often each is measured, by turns; medians are compared"""

@@ -10,13 +10,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 
-from gpt2_jax.benchmarks.contest import SETTLE_SECONDS
+from gpt2_jax.benchmarks.contestants import Contestants
 from gpt2_jax.benchmarks.hellaswag_scorers import (
     PROTOCOL,
     TITLES,
@@ -30,7 +29,6 @@ from gpt2_jax.benchmarks.hellaswag_scorers import (
 from gpt2_jax.benchmarks.model_files import random_params
 from gpt2_jax.benchmarks.worker import Worker
 from gpt2_jax.config import config_for_size
-from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.hellaswag import question
 from gpt2_jax.evaluation.hellaswag_items import Item
 from gpt2_jax.evaluation.rows import PREDICTIONS_STEP, Question, make_batches
@@ -38,8 +36,12 @@ from gpt2_jax.interop.export import export_model
 from gpt2_jax.interop.tokenizer_files import gpt2_files
 from gpt2_jax.sources import load_source
 
-P = ParamSpec("P")
-R = TypeVar("R")
+# Failures of others leave them out; ours are bugs.
+_FORGIVEN: dict[Contestant, tuple[type[Exception], ...]] = {
+    "ours": (),
+    "torch": (Exception,),
+    "harness": (Exception,),
+}
 
 
 @dataclasses.dataclass
@@ -169,38 +171,18 @@ def measure_hellaswag(
     Raises:
       UserError: if there is no such model, or no contestant is left.
     """
-    missing = {name: missing_packages(name) for name in names}
-    left_out = {
-        name: f"not installed; pip install {' '.join(packages)}"
-        for name, packages in missing.items()
-        if packages
-    }
-    working = [name for name in names if not missing[name]]
-    if not working:
-        raise UserError(f"no contestant is left: {'; '.join(map(': '.join, left_out.items()))}")
     measured: dict[Contestant, Measured] = {}
 
-    def call(
-        name: Contestant, doing: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> R | None:
-        """Calls a function in a contestant's process; None if it is another's and fails."""
+    def told(name: Contestant, doing: str) -> None:
         report(f"{TITLES[name]} in {dtype}: {doing}")
-        time.sleep(SETTLE_SECONDS)
-        try:
-            return workers[name].run(function, *args, **kwargs)
-        except Exception as error:
-            if name == "ours":
-                raise
-            left_out[name] = " ".join(f"{type(error).__name__}: {error}".split())
-            working.remove(name)
-            measured.pop(name, None)
-            return None
 
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
+    missing = {name: missing_packages(name) for name in names}
+    all_of_them = Contestants(missing, lambda _: Worker(threads), _FORGIVEN, told)
+    with tempfile.TemporaryDirectory() as scratch, all_of_them:
+        directory = Path(scratch) / "model"
         _write_model(directory, source, model)
         task = Task(directory, tuple(items), dtype, tuple(batch_sizes))
-        workers = {name: stack.enter_context(Worker(threads)) for name in working}
+        working, call = all_of_them.working, all_of_them.call
         for name in list(working):
             opened = call(name, "loading, compiling, choosing a batch size", _open, name, task)
             if opened is not None:
@@ -210,7 +192,8 @@ def measure_hellaswag(
                 seconds = call(name, f"round {number} of {rounds}", _time, task.items)
                 if seconds is not None:
                     measured[name].seconds.append(seconds)
-    return HellaSwagFigures(dtype, measured, left_out)
+        measured = {name: measured[name] for name in working}
+    return HellaSwagFigures(dtype, measured, all_of_them.left_out)
 
 
 def _write_model(directory: Path, source: str | None, model: str | None) -> None:

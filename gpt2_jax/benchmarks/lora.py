@@ -8,15 +8,13 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
-from gpt2_jax.benchmarks.contest import SETTLE_SECONDS
+from gpt2_jax.benchmarks.contestants import Contestants
 from gpt2_jax.benchmarks.lora_load import TITLES, Contestant, missing_packages
 from gpt2_jax.benchmarks.lora_trainers import OurTrainer, Program, Trainer
 from gpt2_jax.benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
 from gpt2_jax.benchmarks.worker import Worker
-from gpt2_jax.errors import UserError
 from gpt2_jax.training.settings import TrainSettings
 
 # The second loss depends on the first update: on gradients, clipping and AdamW.
@@ -28,9 +26,6 @@ _FORGIVEN: dict[Contestant, tuple[type[Exception], ...]] = {
     "full": (RuntimeError,),
     "peft": (Exception,),
 }
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclasses.dataclass
@@ -135,33 +130,14 @@ def measure_lora(
     Raises:
       UserError: if no contestant is left.
     """
-    missing = {name: missing_packages(name) for name in names}
-    left_out = {
-        name: f"not installed; pip install {' '.join(packages)}"
-        for name, packages in missing.items()
-        if packages
-    }
-    working = [name for name in names if not missing[name]]
-    if not working:
-        raise UserError(f"no contestant is left: {'; '.join(map(': '.join, left_out.items()))}")
     measured: dict[Contestant, Measured] = {}
 
-    def call(
-        name: Contestant, doing: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> R | None:
-        """Calls a function in a contestant's process; None if it is now left out."""
+    def told(name: Contestant, doing: str) -> None:
         report(f"{TITLES[name]} in {settings.dtype}: {doing}")
-        time.sleep(SETTLE_SECONDS)
-        try:
-            return workers[name].run(function, *args, **kwargs)
-        except _FORGIVEN[name] as error:
-            left_out[name] = " ".join(f"{type(error).__name__}: {error}".split())
-            working.remove(name)
-            measured.pop(name, None)
-            return None
 
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(_worker(name, threads)) for name in working}
+    missing = {name: missing_packages(name) for name in names}
+    with Contestants(missing, lambda name: _worker(name, threads), _FORGIVEN, told) as all_of_them:
+        working, call = all_of_them.working, all_of_them.call
         for name in list(working):
             opened = call(name, "compiling, first steps", _open, name, settings, COMPARED_STEPS)
             if opened is not None:
@@ -174,7 +150,8 @@ def measure_lora(
                     measured[name].cpu_seconds.append(turn[1])
         for name in list(working):
             measured[name].peak_bytes = call(name, "memory", _peak_bytes)
-    return LoraFigures(settings, measured, left_out)
+        measured = {name: measured[name] for name in working}
+    return LoraFigures(settings, measured, all_of_them.left_out)
 
 
 def _worker(name: Contestant, threads: int) -> Worker:

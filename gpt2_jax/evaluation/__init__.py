@@ -1,1 +1,1 @@
-"""How good a model is: scores on fixed tasks."""
+"""How good a model is: how likely it finds texts, and scores on fixed tasks."""

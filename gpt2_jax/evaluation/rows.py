@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-LENGTH_STEP = 16
 # In a longer row, attention over what a query may not see costs more than sharing saves.
 _LONGEST_SHARED = 512
 MOST_CONTINUATIONS = 32
 """in a row; a question with more has several rows"""
-PREDICTIONS_STEP = 32
+PREDICTIONS_STEP = 16
 """predicted tokens of a row that are computed together"""
 
 
@@ -72,7 +71,9 @@ class Batch(NamedTuple):
     """the rows without the copies"""
 
 
-def make_batches(questions: Sequence[Question], n_positions: int, batch_size: int) -> list[Batch]:
+def make_batches(
+    questions: Sequence[Question], n_positions: int, batch_size: int, length_step: int = 16
+) -> list[Batch]:
     """Arranges questions so that little is padding, the longest rows first.
 
     What stands in a question's row does not depend on `batch_size`, nor on the other questions.
@@ -81,6 +82,7 @@ def make_batches(questions: Sequence[Question], n_positions: int, batch_size: in
       questions: what to score.
       n_positions: most tokens that a text may have in a row. A longer one loses its beginning.
       batch_size: rows in every batch.
+      length_step: of the padded lengths, see `row_length`.
     """
     rows = [
         row
@@ -88,21 +90,23 @@ def make_batches(questions: Sequence[Question], n_positions: int, batch_size: in
         for row in _rows(number, question, n_positions)
     ]
     # Rows with about as many predictions go together: a batch computes as many as its fullest.
-    rows.sort(key=lambda row: (row_length(len(row.tokens)), len(row.place)), reverse=True)
+    rows.sort(
+        key=lambda row: (row_length(len(row.tokens), length_step), len(row.place)), reverse=True
+    )
     batches = []
     for is_single in (False, True):
         alike = [row for row in rows if (len(row.spans) == 1) == is_single]
         for start in range(0, len(alike), batch_size):
             chosen = alike[start : start + batch_size]
-            length = row_length(len(chosen[0].tokens))
+            length = row_length(len(chosen[0].tokens), length_step)
             length = min(length, n_positions) if is_single else length
             batches.append(_stack(chosen, length, batch_size, is_single))
     return batches
 
 
-def row_length(tokens: int) -> int:
-    """The padded length: a multiple of 16 to 128, of an eighth of the next power of two beyond."""
-    step = max(LENGTH_STEP, (1 << (tokens - 1).bit_length()) // 8)
+def row_length(tokens: int, step: int) -> int:
+    """The padded length: a multiple of `step` up to 256, of 2 step to 512, of 4 step to 1024 ..."""
+    step *= max(1, (1 << (tokens - 1).bit_length()) // 256)
     return -(-tokens // step) * step
 
 
