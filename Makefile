@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-slow lint clean
 
 help:
 	@echo "make demo   train a small GPT-2 on Python's own documentation, then sample from it"
-	@echo "make test   run the tests and the parity proofs"
+	@echo "make test   run the tests and the parity proofs, all but the slowest"
+	@echo "make test-slow   run the slowest"
 	@echo "make lint   check style and types"
 	@echo "make clean  remove .venv and caches; data/ and runs/ stay"
 
@@ -21,8 +22,11 @@ PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 test: .venv/installed
 	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" \
-		$(BIN)/python -m pytest tests $(PARALLEL)
-	$(BIN)/python -m pytest parity $(PARALLEL)
+		$(BIN)/python -m pytest tests $(PARALLEL) -m "not slow"
+	$(BIN)/python -m pytest parity $(PARALLEL) -m "not slow"
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest tests parity $(PARALLEL) -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .

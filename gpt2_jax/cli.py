@@ -8,6 +8,7 @@ import io
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,12 +125,32 @@ def check_given_once(flag: str, paths: Sequence[Path]) -> None:
             raise UserError(f"--{flag} {path} is given twice; give each once")
 
 
-def check_writable_place(file: Path) -> None:
-    """Raises UserError if a file to be written is a folder, or would lie in none."""
+def check_writable_place(file: Path, *, read: Iterable[Path] = ()) -> None:
+    """Raises UserError if a file could not be written, or would take the place of what is read.
+
+    Args:
+      file: what is to be written.
+      read: files that the same call reads.
+    """
+    folder = file.absolute().parent
     if file.is_dir():
         raise UserError(f"cannot write {file}: it is a folder; give a file")
-    if not file.absolute().parent.is_dir():
+    if not folder.is_dir():
         raise UserError(f"cannot write {file}: its folder does not exist; make it first")
+    if file.exists() and not file.is_file():
+        raise UserError(f"cannot write {file}: it is no ordinary file; give another")
+    if file.exists() and any(path.exists() and path.samefile(file) for path in read):
+        raise UserError(f"cannot write {file}: it is what is read; give another")
+    try:
+        # Files are written beside, under a longer name.
+        with contextlib.suppress(FileNotFoundError):
+            file.with_name(f".{file.name}").lstat()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write {file}: {error.strerror}; give a file in a folder that can be written"
+        ) from None
 
 
 def _parse(

@@ -111,11 +111,13 @@ class GPT2(nn.Module):
           The normalised features [B, T, D] and the cache after these tokens.
 
         Raises:
-          ValueError: if one text's T is more than `config.n_positions`.
+          ValueError: if one text's T is more than `config.n_positions`; if both are given.
         """
         T = tokens_BT.shape[1]
         if self.config.n_positions < T and branches is None:
             raise ValueError(f"{T} tokens do not fit n_positions={self.config.n_positions}")
+        if branches is not None and cache is not None:
+            raise ValueError("branches go without a cache")
         start_B = mask_BTT = None
         if branches is not None:
             positions_BTD = self.wpe(branches.position_BT)

@@ -17,6 +17,7 @@ SMALL = GPT2Config(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_at_124m(gpt2_124m: Models, dtype: str, prove: Prove) -> None:
     tokens_BT = random_tokens(gpt2_124m.config, (2, 65), seed=1)

@@ -60,6 +60,7 @@ def assert_greedy(
         prove(compare_tokens("greedy tokens, rows of a batch", text, theirs))
 
 
+@pytest.mark.slow
 def test_prompts_of_1_to_1000_tokens_at_124m_up_to_the_last_position(prove: Prove) -> None:
     """The longest prompt's last token is the 1,025th: made from 1,024, it needs no position."""
     # With a tied head, random weights would repeat the last token for ever.
@@ -68,6 +69,7 @@ def test_prompts_of_1_to_1000_tokens_at_124m_up_to_the_last_position(prove: Prov
     assert_greedy(models, random_prompts(models, 1, 7, 100, 1000), [12, 12, 12, 25], prove)
 
 
+@pytest.mark.slow
 def test_texts_of_hundreds_of_tokens(small: Models, prove: Prove) -> None:
     """From the first position to the last, beside rows that end there as well or before."""
     models = random_models(dataclasses.replace(small.config, n_positions=512), seed=1)

@@ -263,6 +263,7 @@ def test_tasks_of_every_kind(ours: GPT2LM, theirs: Any, prove: Prove) -> None:
     prove(equal_things("lm-eval: greedy texts", texts, answers, "texts"))
 
 
+@pytest.mark.slow
 def test_hellaswag(shared: Path, models: Models, ours: GPT2LM, prove: Prove) -> None:
     """The harness's task through our class, and `make_hellaswag` by the harness's protocol."""
     file = shared / "data/hellaswag_val.jsonl.gz"

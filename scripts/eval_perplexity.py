@@ -21,9 +21,9 @@ from gpt2_jax.cli import (
 )
 from gpt2_jax.config import GPT2Config, check_positive_int
 from gpt2_jax.errors import UserError
-from gpt2_jax.evaluation.model_flags import ModelFlags
 from gpt2_jax.files import read_text, write_text
 from gpt2_jax.generation.text_stream import speaks_gpt2
+from gpt2_jax.model_flags import ModelFlags, explained_memory
 from gpt2_jax.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, encode
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from gpt2_jax.evaluation.model_flags import Evaluated
     from gpt2_jax.evaluation.perplexity import Document, Figures, Protocol
+    from gpt2_jax.model_flags import Evaluated
 
 TITLES = {
     "strided": "strided windows as in Hugging Face's documentation",
@@ -108,7 +108,7 @@ def _check(flags: Flags, given: set[str]) -> None:
     if flags.stride is not None and flags.protocol == "rolling":
         raise UserError(f"--stride {flags.stride} goes with --protocol strided; drop it")
     if flags.output is not None:
-        check_writable_place(flags.output)  # told before minutes of work are lost
+        check_writable_place(flags.output, read=flags.text)
 
 
 def _protocol(flags: Flags, context: int) -> "Protocol":
@@ -147,7 +147,7 @@ def _score(
     devices = layout.mesh.size
     print(f"scoring {len(documents):,} document(s) on {devices} device(s) ...", file=sys.stderr)
     start = time.perf_counter()
-    with ScoringProgress("perplexity") as progress:
+    with explained_memory(layout), ScoringProgress("perplexity") as progress:
         figures = score_documents(scorer, params, documents, protocol, lengths, progress)
     if not all(math.isfinite(one.nll) for one in figures):
         raise UserError("the model's losses are not finite; its weights are broken, give others")

@@ -294,6 +294,7 @@ def test_others_continue_as_we_do(
     assert len({token for row in measured.tokens[name] for token in row}) > 3
 
 
+@pytest.mark.slow
 def test_the_benchmark_at_the_door(
     door: Door, tmp_path: Path, tiny_params: Params, tiny_config: GPT2Config
 ) -> None:
@@ -334,4 +335,7 @@ def test_what_to_measure_is_explained(door: Door) -> None:
     assert all(what in out for what in ("train", "memory", "generate"))
     assert "--engines" in door("benchmark", "generate", "--help")[1]
     line = door.refuses("benchmark", "sampling", "--rounds", 3)
-    assert "'sampling' cannot be measured; give train, memory, generate, lora or rounding" in line
+    assert (
+        "'sampling' cannot be measured; give train, memory, generate, lora, hellaswag or rounding"
+        in line
+    )

@@ -21,28 +21,15 @@ from gpt2_jax.interop.export import export_model
 from gpt2_jax.model import GPT2, init_params
 
 CONFIG = GPT2Config(n_positions=64, n_embd=8, n_layer=1, n_head=2)
-WORDS = [
-    "the",
-    "dog",
-    "reads",
-    "a",
-    "very",
-    "good",
-    "book",
-    "and",
-    "barks",
-    "at",
-    "it",
-    "far",
-    "away",
-]
+TEXT = "the dog reads a very good book and barks at it far away"
+WORDS = TEXT.split()
 ITEMS = [
     Item(
         "Dogs",
         " ".join(WORDS[: 3 + number]),
         "he",
         "",
-        tuple(" ".join(WORDS[n : n + 1 + number]) for n in range(4)),
+        tuple(" ".join(WORDS[n : n + 2 + number]) for n in range(4)),
         number % 4,
         None,
     )

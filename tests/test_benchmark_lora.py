@@ -115,6 +115,7 @@ def small_config(shallow_config: GPT2Config) -> GPT2Config:
     return dataclasses.replace(shallow_config, n_positions=512)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ours_in_process")
 def test_all_contestants_do_the_same_step(small_config: GPT2Config) -> None:
     missing = missing_packages("peft")

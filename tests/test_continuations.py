@@ -154,23 +154,39 @@ def test_nothing_compiles_again_and_lengths_are_few(model, shallow_params, monke
         return original(*args, **kwargs)
 
     monkeypatch.setattr(continuations, "_losses", traced)
+    continuations._compiled.cache_clear()
     scorer = make_scorer(model, 2)
     questions = draw((5, 3, 4, 1, 9), (6, 3, 3, 3, 3), (9, 4), (8, 8), (15, 14, 14, 14, 14))
     scorer(shallow_params, questions)
     # Rows of several texts, padded to 16, 32 and 80 tokens, and single ones of 16.
     assert len(traces) == 3
-    scorer(jax.tree.map(lambda leaf: 2 * leaf, shallow_params), questions[::-1])
+    make_scorer(model, 2)(jax.tree.map(lambda leaf: 2 * leaf, shallow_params), questions[::-1])
     assert len(traces) == 3
 
 
-def test_all_that_is_done_is_reported(model, shallow_params):
-    told = []
+def test_parts_of_the_work_make_no_difference_and_all_is_reported(
+    model, shallow_params, monkeypatch
+):
     scorer = make_scorer(model, 2)
-    scorer(shallow_params, QUESTIONS, lambda done, total: told.append((done, total)))
-    done, totals = zip(*told, strict=True)
-    assert len(set(totals)) == 1
-    assert done[-1] == totals[0]
-    assert list(done) == sorted(done)
+    whole = scorer(shallow_params, QUESTIONS)
+    for together in (1, 4, 100):
+        monkeypatch.setattr(continuations, "_TOGETHER", together)
+        told = []
+        found = scorer(shallow_params, QUESTIONS, lambda *now, told=told: told.append(now))
+        done, totals = zip(*told, strict=True)
+        assert done[-1] == totals[0] == sum(len(one.losses_E) for some in whole for one in some)
+        assert len(set(totals)) == 1
+        assert list(done) == sorted(done)
+        for results, expected in zip(found, whole, strict=True):
+            for one, other in zip(results, expected, strict=True):
+                np.testing.assert_allclose(one.losses_E, other.losses_E, atol=2e-5)
+
+
+def test_answers_of_one_token_share_a_context_of_any_length():
+    """As a task of many examples asks for them; such a row reads as one text."""
+    [batch] = make_batches(draw((700, 1, 1, 1, 1), (600, 5, 1)), 1024, 2)
+    assert [len(row.tokens) for row in batch.rows] == [700, 604]
+    assert batch.branch_BT is None
 
 
 sizes = st.lists(
@@ -212,6 +228,12 @@ def test_rows_hold_every_text_once_and_whole(sizes, n_positions, batch_size):
                 assert span.cut == (len(text) > n_positions + 1)
     expected = [(n, i) for n, (_, rest) in enumerate(sizes) for i in range(len(rest))]
     assert sorted(seen) == expected
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (1, 2, 0)])
+def test_what_is_empty_cannot_be_scored(sizes):
+    with pytest.raises(ValueError, match="no tokens"):
+        make_batches(draw(sizes), 32, 1)
 
 
 @given(st.integers(1, 5000), st.sampled_from([16, 32]))

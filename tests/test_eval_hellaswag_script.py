@@ -110,7 +110,7 @@ def test_both_protocols_are_printed_and_written(door, model_dir, params, tmp_pat
 protocol of {protocol}
 acc       {result.score.acc:.4f} \+- {result.score.acc_stderr:.4f}
 acc_norm  {result.score.acc_norm:.4f} \+- {result.score.acc_norm_stderr:.4f}
-ties      0 items, decided by less than 0.0001 nats
+ties      0 items, which 0.001 nats would decide
 seconds   \d+\.\d
 """
         for protocol, result in expected.items()
@@ -195,6 +195,7 @@ def test_weights_that_give_no_number_are_refused(door, params, tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("GPT2_JAX_SHARED" not in os.environ, reason="GPT2_JAX_SHARED is not set")
 def test_items_of_the_validation_set(door, model_dir, params, tmp_path):
     """From the cached copy, in bfloat16."""
@@ -231,6 +232,11 @@ def test_items_of_the_validation_set(door, model_dir, params, tmp_path):
         (["--protocols", "mine"], "--protocols"),
         (["--output", "nowhere/results.json"], "cannot write nowhere/results.json"),
         (["--output", "items.jsonl/results.json"], "cannot write items.jsonl/results.json"),
+        (["--output", "items.jsonl"], "cannot write items.jsonl: it is what is read"),
+        (["--output", "/dev/null"], "cannot write /dev/null: it is no ordinary file"),
+        (["--output", "/proc/results.json"], "cannot write /proc/results.json"),
+        (["--output", 255 * "r"], "File name too long"),
+        (["--url", "http://127.0.0.1:1/"], "is for the validation set; drop it, or --data"),
         (["--output", "."], "cannot write .: it is a folder"),
         (["--lmit", "3"], "did you mean --limit?"),
     ],
@@ -254,10 +260,12 @@ def test_without_data_the_validation_set_is_downloaded_and_checked(door, serve, 
 
     with serve(Other) as server:
         url = f"http://127.0.0.1:{server.server_address[1]}/hellaswag_val.jsonl"
-        error = door.refuses("eval_hellaswag", "--url", url)
+        code, out, error = door("eval_hellaswag", "--url", url)
+    assert (code, out) == (2, "")
+    assert error.startswith(f"downloading {url} to data/hellaswag_val.jsonl ...\nerror: ")
     assert f"{url} is not HellaSwag's validation set: its sha256 is " in error
     assert not (tmp_path / "data").exists()
-    assert "pass it with --data" in door.refuses("eval_hellaswag", "--url", url)
+    assert "pass it with --data" in door("eval_hellaswag", "--url", url)[2]
 
 
 def test_models_and_adapters_that_do_not_do_are_refused(door, model_dir, tmp_path):
@@ -270,7 +278,7 @@ def test_models_and_adapters_that_do_not_do_are_refused(door, model_dir, tmp_pat
     )
     small = dataclasses.replace(CONFIG, vocab_size=50, eos_token_id=None)
     export_model(tmp_path / "small", init_params(small, jax.random.key(0)), small)
-    assert "vocab_size=50 is less than the 50257" in door.refuses(
+    assert "vocab_size=50 is not that of GPT-2's tokenizer" in door.refuses(
         "eval_hellaswag", *flags, "--source", "small"
     )
     assert not (tmp_path / "results.json").exists()

@@ -258,6 +258,7 @@ def test_what_lies_beside_an_adapter_is_told_before_the_training(settings, base)
     assert not (adapter.parent / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_of_checkpoints_for_other_data_none_is_the_best(settings, base, tmp_path):
     finetune(settings, (base, CONFIG))
     (tmp_path / "numbers.txt").write_text("1 2 3 4 5 6 7 8 9 " * 99)
@@ -297,6 +298,7 @@ def door(capsys, monkeypatch, tmp_path):
     return Door(capsys)
 
 
+@pytest.mark.slow
 def test_from_a_text_to_an_adapter_that_generates_also_when_killed(door, place, tmp_path):
     """Killed with -9 in the middle, a run ends with the same adapter, bit for bit."""
     code, out, _ = door("finetune_lora", *flags(place, "still"))

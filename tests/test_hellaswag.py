@@ -23,7 +23,7 @@ from gpt2_jax.evaluation.hellaswag import (
 )
 from gpt2_jax.evaluation.hellaswag_items import PROTOCOLS, Item, read_items
 from gpt2_jax.model import GPT2, apply, init_params
-from gpt2_jax.tokenizer import decode, encode
+from gpt2_jax.tokenizer import END_OF_TEXT_ID, decode, encode
 
 CONFIG = GPT2Config(n_positions=80, n_embd=8, n_layer=1, n_head=2)
 MODEL = GPT2(CONFIG)
@@ -189,6 +189,28 @@ def test_ties_are_items_that_a_small_error_would_decide():
     assert [result.ties(nats) for nats in (0.01, 0.1, 20)] == [0, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("sums_E", "lengths_E"),
+    [
+        # The short ending's own error brings it behind the long one.
+        ([20.0, 800.002, 900, 900], [10, 400, 10, 10]),
+        # A short ending third in line passes both before it.
+        ([800.0, 900, 40100 * 2.0000001, 4.00005], [400, 10, 40100, 2]),
+    ],
+)
+def test_ties_are_found_whichever_ending_errs(sums_E, lengths_E):
+    result = result_of([sums_E], [lengths_E])
+    assert (result.ties(1e-6), result.ties(1e-4)) == (0, 1)
+
+
+def test_the_end_of_text_is_a_token_for_the_harness_alone():
+    odd = item("a <|endoftext|> b", ("c<|endoftext|>", "d", "e", "f"), 0)
+    plain, special = (question(odd, protocol) for protocol in PROTOCOLS)
+    assert END_OF_TEXT_ID not in plain.context
+    assert END_OF_TEXT_ID in special.context
+    assert special.continuations[0][-1] == END_OF_TEXT_ID
+
+
 def test_standard_errors_are_those_of_a_share():
     result = HellaSwagScore(acc=0.25, acc_norm=0.5, items=10_042)
     assert result.acc_stderr == pytest.approx(0.00432, abs=1e-5)
@@ -211,6 +233,7 @@ def validation_items():
     return read_items(path)
 
 
+@pytest.mark.slow
 def test_the_metric_has_the_right_sign(validation_items):
     """Trained on the true endings of some items, a model finds them; before, it only guesses.
 

@@ -125,7 +125,7 @@ def test_a_field_that_does_not_exist_is_a_bug(tmp_path):
         (line(endings=["a", "", "c", "d"]), ": endings[1]='' must be a text, not empty"),
         *(
             (line(label=value), f": label={value!r} must be a whole number from 0 to 3")
-            for value in (4, -1, "1", True, 1.0, None, float("nan"))
+            for value in (4, -1, "4", "x", "", True, 1.0, None, float("nan"))
         ),
         *(
             (line(ind=value), f": ind={value!r} must be a whole number, or left out")
@@ -378,3 +378,9 @@ def test_the_validation_set_is_found_and_read_whole():
     assert read_items(path, limit=3) == items[:3]
     # ActivityNet's 3,243 items have a second part, WikiHow's none.
     assert sum(item.ctx_b != "" for item in items) == 3243
+
+
+def test_a_label_may_be_a_digit_as_in_the_hubs_copy(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps({**LINE, "label": "2"}))
+    assert [item.label for item in read_items(path)] == [2]

@@ -109,6 +109,7 @@ def test_rematerialisation_keeps_less_for_the_backward_pass(tiny_config):
     assert kept("none") > kept("dots") > kept("block")
 
 
+@pytest.mark.slow
 def test_with_fsdp_no_activation_travels_and_state_is_shared_out(settings):
     sharded = dataclasses.replace(settings, mesh=MeshSettings(fsdp=8))
     engine = make_engine(sharded, make_layout(sharded))
@@ -170,6 +171,7 @@ def outputs_of(processes):
     return ["".join(line for line in each if "peer ranks" not in line) for each in lines]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(two_processes, on_one_device, tmp_path):
     """With fsdp across the boundary between them."""
     first, second = outputs_of(two_processes(mesh=MeshSettings(data=1, fsdp=4)))
@@ -178,6 +180,7 @@ def test_two_processes_train_as_one(two_processes, on_one_device, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "run"), on_one_device, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_at_the_same_step(two_processes, tmp_path):
     processes = two_processes(mesh=MeshSettings(), steps=10**6)
     file = tmp_path / "run" / "metrics.jsonl"

@@ -117,6 +117,7 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(settings, undisturbed, tm
     assert records(tmp_path) == records(undisturbed[0])
 
 
+@pytest.mark.slow
 def test_a_run_moves_to_more_devices_with_the_same_batches(settings, tmp_path):
     model = dataclasses.replace(settings.model, resid_pdrop=0.0)  # masks follow the passes
     settings = dataclasses.replace(settings, model=model)
@@ -139,6 +140,7 @@ def _child(settings, run_dir):
         run(settings, run_dir)
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments_a_run_ends_as_if_undisturbed(settings, tmp_path):
     settings = dataclasses.replace(settings, steps=66, checkpoint_every=2)
     context = multiprocessing.get_context("forkserver")
@@ -214,6 +216,7 @@ def test_a_signal_ends_the_script_with_status_0_and_a_checkpoint(config_file, tm
     assert steps == list(range(step))
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_in_one_line_and_spoils_nothing(config_file, tmp_path, capsys):
     run_dir = tmp_path / "run"
     settings = from_json(config_file.read_text(), "config.json")

@@ -18,17 +18,19 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gpt2_jax.attention import Branches
-from gpt2_jax.evaluation.rows import PREDICTIONS_STEP, Batch, Question, make_batches
+from gpt2_jax.evaluation.rows import PREDICTIONS_STEP, Batch, Question, length_step, make_batches
 from gpt2_jax.model import GPT2, AdaptedParams, Params, apply
 from gpt2_jax.precision import round_kernels
 
 __all__ = ["Continuation", "Question", "Scorer", "make_scorer"]
 
+# Questions that a call arranges at a time: the notes on their rows are larger than their tokens.
+_TOGETHER = 4096
 # Batches under way while the host looks at the one before them.
 _LOOKAHEAD = 2
 
 Report = Callable[[int, int], None]
-"""told how many tokens of all are done"""
+"""told how many predictions of all are done"""
 
 
 class Continuation(NamedTuple):
@@ -58,12 +60,24 @@ class Scorer:
         report: Report | None = None,
     ) -> list[tuple[Continuation, ...]]:
         """Scores questions: a tuple for each, with an entry a continuation."""
-        return self.run(params, self.arrange(questions), report)
+        found: list[tuple[Continuation, ...]] = []
+        longest = self.model.config.n_positions
+        total = sum(min(len(text), longest) for _, texts in questions for text in texts)
+        done = 0
+
+        def report_all(of_part: int, _: int) -> None:
+            if report is not None:
+                report(done + of_part, total)
+
+        for start in range(0, len(questions), _TOGETHER):
+            batches = self.arrange(questions[start : start + _TOGETHER])
+            found += self.run(params, batches, report_all)
+            done += _predictions(batches)
+        return found
 
     def arrange(self, questions: Sequence[Question]) -> list[Batch]:
         """The work for some questions, which may be done again and again."""
-        # A program for each length is soon compiled for a CPU, where padding takes time.
-        step = 16 if jax.default_backend() == "cpu" else 32
+        step = length_step(jax.default_backend())
         return make_batches(questions, self.model.config.n_positions, self.batch_size, step)
 
     def run(
@@ -78,15 +92,14 @@ class Scorer:
         found: dict[int, dict[int, Continuation]] = collections.defaultdict(dict)
         under_way: collections.deque[tuple[Batch, tuple[jax.Array, jax.Array]]]
         under_way = collections.deque()
-        total = sum(len(row.tokens) for batch in batches for row in batch.rows)
-        done = 0
+        total, done = _predictions(batches), 0
         for batch in [*batches, *[None] * _LOOKAHEAD]:
             if batch is not None:
                 under_way.append((batch, self._dispatch(params, head, batch)))
             if under_way and (batch is None or len(under_way) > _LOOKAHEAD):
                 finished, results = under_way.popleft()
                 _collect(found, finished, *jax.device_get(results))
-                done += sum(len(row.tokens) for row in finished.rows)
+                done += _predictions([finished])
                 if report is not None:
                     report(done, total)
         return [
@@ -119,8 +132,19 @@ def make_scorer(
       result_sharding: where results [batch_size, M] go; None leaves it to the compiler. With many
         hosts every one must hold them all: replicated over the mesh.
     """
-    function = functools.partial(_losses, model=model)
-    return Scorer(model, batch_size, put, jax.jit(function, out_shardings=result_sharding))
+    return Scorer(model, batch_size, put, _compiled(model, result_sharding))
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(
+    model: GPT2, result_sharding: jax.sharding.Sharding | None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """`_losses`, jitted; scorers of one model share what was compiled."""
+    return jax.jit(functools.partial(_losses, model=model), out_shardings=result_sharding)
+
+
+def _predictions(batches: Sequence[Batch]) -> int:
+    return sum(len(row.place) for batch in batches for row in batch.rows)
 
 
 def _head(params: Params | AdaptedParams, dtype: DTypeLike) -> Params:

@@ -13,6 +13,7 @@ By both, acc takes the smallest loss of a whole ending.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -98,28 +99,35 @@ class HellaSwagResult:
 
     def prediction(self, item: int) -> dict[str, Any]:
         """What was found of an item, as plain values."""
+        cut = {"cut": True} if self.cut_N[item] else {}
         return {
             "acc": int(self.choices[item]),
             "acc_norm": int(self.normalised_choices[item]),
             "losses": self.sums_NE[item].round(6).tolist(),
             "lengths": self.lengths_NE[item].tolist(),
+            **cut,
         }
 
     def ties(self, nats: float) -> int:
-        """How many items would be chosen otherwise, one way or the other, for so small an error.
+        """How many items might be chosen otherwise, by acc or acc_norm, for so small an error.
 
         Args:
-          nats: of an ending's loss.
+          nats: that each ending's loss may be off, up or down.
         """
-        first_N, second_N = np.sort(self.sums_NE, axis=-1)[:, :2].T
-        close_N = second_N - first_N <= nats
-        order_NE = self.normalised.argsort(axis=-1, kind="stable")[:, :2]
-        losses_N2 = np.take_along_axis(self.sums_NE, order_NE, axis=-1)
-        lengths_N2 = np.take_along_axis(self.lengths_NE, order_NE, axis=-1)
-        # The second becomes the first once its loss falls to the first's, length for length.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            gap_N = losses_N2[:, 1] - losses_N2[:, 0] * lengths_N2[:, 1] / lengths_N2[:, 0]
-        return int((close_N | (gap_N <= nats)).sum())
+        close_N = np.zeros(len(self.labels_N), bool)
+        for losses_NE, lengths_NE in (
+            (self.sums_NE, np.ones_like(self.sums_NE)),
+            (self.normalised, self.lengths_NE),
+        ):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                error_NE = nats / lengths_NE
+                first_N1 = losses_NE.argmin(axis=-1, keepdims=True)
+                best_N1 = np.take_along_axis(losses_NE + error_NE, first_N1, axis=-1)
+                within_NE = losses_NE - error_NE <= best_N1
+            # An ending of no length has an infinite loss, and no error makes it less.
+            within_NE &= np.isfinite(losses_NE)
+            close_N |= within_NE.sum(axis=-1) > 1
+        return int(close_N.sum())
 
 
 def make_hellaswag(
@@ -159,12 +167,13 @@ def question(item: Item, protocol: Protocol) -> Question:
     context, endings = cleaned(item)
     # The harness tokenizes context and ending together and cuts where the context's tokens end.
     bare = context.rstrip()
-    context_tokens = encode(bare)
-    if not bare:
+    encode_special = functools.partial(encode, allow_end_of_text=True)
+    context_tokens = encode_special(bare)
+    start = len(context_tokens)
+    whole = [encode_special(f"{context} {ending}") for ending in endings]
+    if not start:
         context_tokens = np.array([END_OF_TEXT_ID])
-    spaces = context[len(bare) :]
-    whole = (encode(f"{bare}{spaces} {ending}") for ending in endings)
-    return Question(context_tokens, tuple(tokens[len(encode(bare)) :] for tokens in whole))
+    return Question(context_tokens, tuple(tokens[start:] for tokens in whole))
 
 
 def judge(

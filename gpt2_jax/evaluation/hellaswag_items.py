@@ -13,7 +13,7 @@ import json
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -38,6 +38,7 @@ FIELDS: dict[Protocol, tuple[str, ...]] = {
 ENDINGS = 4
 TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 
+_LABELS = tuple(map(str, range(ENDINGS)))
 _GZIP = b"\x1f\x8b"
 _SHOWN = 60  # characters of a bad value
 _FILE_REMEDY = "give HellaSwag's hellaswag_val.jsonl or .jsonl.gz, from github.com/rowanz/hellaswag"
@@ -139,6 +140,8 @@ def _parse_item(line: str, where: str, required: Collection[str]) -> Item:
         raise UserError(f"{where}: endings={_shown(endings)} must be {ENDINGS} texts; {_REMEDY}")
     for choice, ending in enumerate(endings):
         _check_text(ending, f"{where}: endings[{choice}]")
+    if isinstance(label, str) and label in _LABELS:  # as the hub's copy of the set has them
+        label = int(label)
     if type(label) is not int or not 0 <= label < ENDINGS:
         raise UserError(
             f"{where}: label={_shown(label)} must be a whole number from 0 to {ENDINGS - 1}; "
@@ -176,13 +179,18 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def validation_file(file: Path = VALIDATION_FILE, url: str = VALIDATION_URL) -> Path:
+def validation_file(
+    file: Path = VALIDATION_FILE,
+    url: str = VALIDATION_URL,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Path:
     """Finds the validation set, or downloads it: 12 MB.
 
     Args:
       file: where it is kept. A gzipped copy may lie there too, or beside it, .gz at its name's
         end.
       url: an address of it, gzipped or not.
+      tell: told what is downloaded.
 
     Returns:
       The file that is there.
@@ -207,6 +215,7 @@ def validation_file(file: Path = VALIDATION_FILE, url: str = VALIDATION_URL) -> 
             "delete it to download it again, or name it with --data to score it as it is",
         )
         return copy
+    tell(f"downloading {url} to {file} ...")
     data = _unpacked(_download(url))
     _check_sha256(data, url, _DOWNLOAD_REMEDY)
     try:

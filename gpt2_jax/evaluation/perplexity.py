@@ -29,9 +29,6 @@ from gpt2_jax.evaluation.continuations import Question, Report, Scorer
 from gpt2_jax.model import AdaptedParams, Params
 from gpt2_jax.tokenizer import VOCAB_SIZE, token_bytes
 
-# Windows are arranged so many at a time: the scorer's notes on each are larger than its tokens.
-_TOGETHER = 4096
-
 
 class Window(NamedTuple):
     """Of a document's tokens, `begin` to `start` are context and `start` to `end` are scored."""
@@ -39,11 +36,6 @@ class Window(NamedTuple):
     begin: int
     start: int
     end: int
-
-    @property
-    def inputs(self) -> int:
-        """How many tokens the model reads: all but the last."""
-        return self.end - 1 - self.begin
 
     def question(self, tokens: np.ndarray) -> Question:
         """The window on a document as the scorer takes it."""
@@ -200,23 +192,14 @@ def score_documents(
       documents: what to score.
       protocol: how windows lie on them.
       lengths: `byte_lengths`; None if the tokens are not GPT-2's.
-      report: told how many tokens of all are read.
+      report: told how many predictions of all are done.
     """
     windows = [list(protocol.windows(len(tokens))) for _, tokens in documents]
     pairs = [(number, one) for number, some in enumerate(windows) for one in some]
-    inputs, before = sum(window.inputs for _, window in pairs), 0
-
-    def report_all(done: int, _: int) -> None:
-        report(before + done, inputs)
-
+    questions = [window.question(documents[number].tokens) for number, window in pairs]
     nll = np.zeros(len(documents))
-    for first in range(0, len(pairs), _TOGETHER):
-        part = pairs[first : first + _TOGETHER]
-        questions = [window.question(documents[number].tokens) for number, window in part]
-        results = scorer(params, questions, report_all)
-        for (number, _), (continuation,) in zip(part, results, strict=True):
-            nll[number] += continuation.losses_E.sum(dtype=np.float64)
-        before += sum(window.inputs for _, window in part)
+    for (number, _), (continuation,) in zip(pairs, scorer(params, questions, report), strict=True):
+        nll[number] += continuation.losses_E.sum(dtype=np.float64)
     figures = []
     for (name, tokens), some, one_nll in zip(documents, windows, nll.tolist(), strict=True):
         scored = [tokens[start:end] for _, start, end in some]

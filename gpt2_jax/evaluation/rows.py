@@ -55,6 +55,11 @@ class Row(NamedTuple):
     """[M], token ids"""
     spans: tuple[Span, ...]
 
+    @property
+    def is_single(self) -> bool:
+        """Whether it reads as one text: at most one continuation has tokens in it."""
+        return len(np.unique(self.branch)) <= 2
+
 
 class Batch(NamedTuple):
     """Rows side by side, int32; the last ones may be copies that fill the batch up."""
@@ -83,7 +88,12 @@ def make_batches(
       n_positions: most tokens that a text may have in a row. A longer one loses its beginning.
       batch_size: rows in every batch.
       length_step: of the padded lengths, see `row_length`.
+
+    Raises:
+      ValueError: if a context or a continuation is empty.
     """
+    if not all(map(len, (text for context, texts in questions for text in (context, *texts)))):
+        raise ValueError("a context or continuation has no tokens")
     rows = [
         row
         for number, question in enumerate(questions)
@@ -95,13 +105,18 @@ def make_batches(
     )
     batches = []
     for is_single in (False, True):
-        alike = [row for row in rows if (len(row.spans) == 1) == is_single]
+        alike = [row for row in rows if row.is_single == is_single]
         for start in range(0, len(alike), batch_size):
             chosen = alike[start : start + batch_size]
             length = row_length(len(chosen[0].tokens), length_step)
             length = min(length, n_positions) if is_single else length
             batches.append(_stack(chosen, length, batch_size, is_single))
     return batches
+
+
+def length_step(platform: str) -> int:
+    """The step of padded lengths: programs are soon compiled for a CPU, and padding takes long."""
+    return 16 if platform == "cpu" else 32
 
 
 def row_length(tokens: int, step: int) -> int:
@@ -125,10 +140,12 @@ def _rows(number: int, question: Question, n_positions: int) -> Iterator[Row]:
     together: list[tuple[int, np.ndarray]] = []
     length = len(context)
     for index, continuation in enumerate(continuations):
-        length += len(continuation) - 1
-        if together and (length > _LONGEST_SHARED or len(together) == MOST_CONTINUATIONS):
+        inner = len(continuation) - 1
+        length += inner
+        too_long = inner and length > _LONGEST_SHARED
+        if together and (too_long or len(together) == MOST_CONTINUATIONS):
             yield _join(number, context, together, cut=False)
-            together, length = [], len(context) + len(continuation) - 1
+            together, length = [], len(context) + inner
         together.append((index, continuation))
     yield _join(number, context, together, cut=False)
 

@@ -1,7 +1,9 @@
 """The flags of every evaluation: which model, and how it is run."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from gpt2_jax.config import check_positive_int
@@ -111,6 +113,22 @@ class Evaluated(NamedTuple):
     model: "GPT2"
     params: "Params"
     layout: "Layout"
+
+
+@contextlib.contextmanager
+def explained_memory(layout: "Layout") -> Iterator[None]:
+    """Tells in one line that the devices have too little memory."""
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the devices have too little memory for batches of {layout.rows}; give a smaller "
+            f"--batch_size, or --dtype bfloat16"
+        ) from error
 
 
 def _versions(*packages: str) -> dict[str, str | None]:
