@@ -141,6 +141,7 @@ def test_shapes_of_every_size(size: str, prove: Prove) -> None:
     assert count == config.parameter_count == sum(p.numel() for p in theirs.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_logits_of_every_width(size: str, prove: Prove) -> None:
     """One block at the full width, heads and vocabulary of a size."""

@@ -76,6 +76,7 @@ def test_texts_of_hundreds_of_tokens(small: Models, prove: Prove) -> None:
     assert_greedy(models, random_prompts(models, 1, 500, 200), [512, 13, 40], prove)
 
 
+@pytest.mark.slow
 def test_fifty_tokens_at_124m(gpt2_124m: Models, prove: Prove) -> None:
     prompt = tokenizer.encode("Hello, my name is").tolist()
     check = check_greedy(gpt2_124m, prompt, 50)

@@ -76,6 +76,7 @@ def test_a_changed_weight_exits_1_and_is_named(
     assert "DIFFERS" in out
 
 
+@pytest.mark.slow
 def test_layers_and_training_add_their_checks_table_and_files(
     weights: Path, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
@@ -114,6 +115,7 @@ def test_layers_name_the_first_place_that_differs(
     assert "h_0.residual" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_run_is_a_source(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """One with another vocabulary than GPT-2's, which gets random tokens for prompts."""
     config = GPT2Config(

@@ -90,6 +90,7 @@ def compare(door: Door) -> Callable[..., tuple[str, str]]:
     return run
 
 
+@pytest.mark.slow
 def test_a_base_beside_two_adapters(compare, place):
     flags = ("--lora", "nothing", "--lora", "adapter", "--text", "held_out.txt")
     flags += ("--prompt", "The quick", "--prompt", "A dog", "--max_new_tokens", 4)

@@ -93,6 +93,7 @@ def test_a_resumed_run_needs_the_weights_it_started_from_no_more(settings, sourc
         experiment.run(dataclasses.replace(settings, run_dir=str(tmp_path / "other")))
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_a_run(settings, tmp_path):
     experiment.run(settings)
     again = dataclasses.replace(

@@ -174,6 +174,7 @@ def test_dropout_hides_inputs_from_the_adapter_alone(base):
     np.testing.assert_array_equal(logits(lora, 1), logits(lora, 1))
 
 
+@pytest.mark.slow
 def test_devices_share_the_base_and_change_nothing(settings, base):
     settings = dataclasses.replace(settings, lora=dataclasses.replace(settings.lora, dropout=0.0))
     experiment.run(settings)

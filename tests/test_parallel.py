@@ -71,6 +71,7 @@ def on_one_device(settings):
     return run(settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
