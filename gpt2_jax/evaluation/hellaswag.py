@@ -72,18 +72,18 @@ class HellaSwagResult:
     lengths_NE: np.ndarray
     cut_N: np.ndarray
 
-    @property
+    @functools.cached_property
     def normalised(self) -> np.ndarray:
         """Nats per token or character; infinite for an ending of none."""
         with np.errstate(divide="ignore"):
             return self.sums_NE / self.lengths_NE
 
-    @property
+    @functools.cached_property
     def choices(self) -> np.ndarray:
         """The likeliest endings; the first of several."""
         return self.sums_NE.argmin(axis=-1)
 
-    @property
+    @functools.cached_property
     def normalised_choices(self) -> np.ndarray:
         """The endings likeliest for their length."""
         return self.normalised.argmin(axis=-1)
