@@ -1,10 +1,10 @@
 """The table of `benchmark.py hellaswag`, for a terminal of 80 columns."""
 
-from rich import box
 from rich.table import Table
 
 from gpt2_jax.benchmarks.hellaswag import HellaSwagFigures, Padding
 from gpt2_jax.benchmarks.hellaswag_scorers import TITLES
+from gpt2_jax.benchmarks.report import plain_table
 
 VALIDATION_ITEMS = 10_042
 
@@ -17,14 +17,7 @@ differs     the largest difference between its loss of an ending and ours, nats
 
 def speed_table(figures: HellaSwagFigures) -> Table:
     """One row for each contestant; `LEGEND` explains the columns."""
-    table = Table(
-        title=figures.dtype,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = plain_table(figures.dtype)
     table.add_column("", no_wrap=True)
     for heading in ("device", "batch", "items/s", "whole set", "ours is", "differs"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -1,10 +1,10 @@
 """The table of `benchmark.py lora`, for a terminal of 80 columns."""
 
-from rich import box
 from rich.table import Table
 
 from gpt2_jax.benchmarks.lora import COMPARED_STEPS, LoraFigures, Measured
 from gpt2_jax.benchmarks.lora_load import TITLES
+from gpt2_jax.benchmarks.report import plain_table
 
 STEPS = 500
 
@@ -21,14 +21,9 @@ def step_table(figures: LoraFigures) -> Table:
     """One row for each contestant; `LEGEND` explains the columns."""
     data = figures.settings.data
     passes = data.batch_size // data.micro_batch_size
-    table = Table(
-        title=f"{figures.settings.dtype}: {data.batch_size} sequences of {data.sequence_length} "
-        f"tokens a step, {passes} pass{'es' * (passes > 1)}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
+    table = plain_table(
+        f"{figures.settings.dtype}: {data.batch_size} sequences of {data.sequence_length} "
+        f"tokens a step, {passes} pass{'es' * (passes > 1)}"
     )
     table.add_column("", no_wrap=True)
     headings = ("step\nms", "\ntokens/s", f"{STEPS}\nsteps", "compile\ns", "\nGFLOP")

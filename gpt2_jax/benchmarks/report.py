@@ -40,7 +40,7 @@ def speed_table(
         f"{weight_bytes(config, precision(name)) / 1e6:,.0f} MB at {precision(name)}"
         for name in ours
     ]
-    table = _table(
+    table = plain_table(
         f"batch {load.batch}, prompts of {load.prompt_tokens} tokens, {load.new_tokens} new ones",
         f"memory is read at {bandwidth / 1e9:.1f} GB/s ({method})"
         + f", weights are {', '.join(weights)}" * bool(weights),
@@ -65,7 +65,7 @@ def speed_table(
 
 def first_word_table(seconds: Mapping[str, Sequence[float]]) -> Table:
     """Seconds from the shell to the first word, by precision and run."""
-    table = _table("generate.py from the shell to its first word")
+    table = plain_table("generate.py from the shell to its first word")
     table.add_column("precision")
     table.add_column("first run, nothing compiled", justify="right")
     table.add_column("second run", justify="right")
@@ -74,7 +74,8 @@ def first_word_table(seconds: Mapping[str, Sequence[float]]) -> Table:
     return table
 
 
-def _table(title: str, caption: str | None = None) -> Table:
+def plain_table(title: str, caption: str | None = None) -> Table:
+    """A table without frame, so that 80 columns hold much."""
     return Table(
         title=title,
         title_justify="left",
