@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.interop.pretrained import DEFAULT_WEIGHTS, HUB_IDS
+from gpt2_jax.interop.tokenizer_files import gpt2_files
 from parity import outcomes
 from parity.models import Models, pretrained_models, random_models
 from parity.outcomes import Check, Prove
@@ -102,6 +104,16 @@ def real_gpt2(request: pytest.FixtureRequest) -> Models:
         else:
             pytest.skip("OpenAI's weights are not here; give them with --gpt2 SOURCE")
     return pretrained_models(source)
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Hugging Face's tokenizer, from the files that an export brings."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    for name, content in gpt2_files(1024).items():
+        (directory / name).write_bytes(content)
+    (directory / "config.json").write_text('{"model_type": "gpt2"}')
+    return transformers.AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.fixture(scope="session")

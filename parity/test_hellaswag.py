@@ -1,6 +1,5 @@
 """HellaSwag's losses are those of PyTorch with one text at a time, by both protocols."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from gpt2_jax.benchmarks.hellaswag_scorers import CONTESTANTS, Task, missing_packages, open_scorer
 from gpt2_jax.config import GPT2Config
@@ -30,17 +28,6 @@ def models() -> Models:
     """A context of 96 tokens, which some of the texts do not fit."""
     config = GPT2Config(n_positions=96, n_embd=48, n_layer=2, n_head=3, initializer_range=0.1)
     return random_models(config, seed=5)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    directory = tmp_path_factory.mktemp("tokenizer")
-    for name, content in gpt2_files(96).items():
-        (directory / name).write_bytes(content)
-    (directory / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    return AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +66,10 @@ def plain_loss(models: Models, context: list[int], ending: list[int]) -> float:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_two_hundred_items(
-    models: Models, tokenizer: Any, items: list[Item], protocol: Protocol, prove: Prove
+    models: Models, gpt2_tokenizer: Any, items: list[Item], protocol: Protocol, prove: Prove
 ) -> None:
     result = make_hellaswag(GPT2(models.config), items, 4, protocol=protocol)(models.params)
-    endings = [list(texts(item, protocol, tokenizer)) for item in items]
+    endings = [list(texts(item, protocol, gpt2_tokenizer)) for item in items]
     sums_NE = np.array([[plain_loss(models, *text[:2]) for text in four] for four in endings])
     lengths_NE = np.array([[length for _, _, length in four] for four in endings])
     differing = (result.choices != sums_NE.argmin(axis=-1)) | (

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.evaluation.hellaswag import make_hellaswag
 from gpt2_jax.evaluation.hellaswag_items import read_items
 from gpt2_jax.generation.decode import generate
-from gpt2_jax.interop.tokenizer_files import gpt2_files
 from gpt2_jax.model import GPT2
 from gpt2_jax.tokenizer import END_OF_TEXT, decode, encode
 from parity.models import Models, random_models
@@ -85,20 +83,11 @@ def models() -> Models:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = tmp_path_factory.mktemp("tokenizer")
-    for name, content in gpt2_files(CONTEXT).items():
-        (directory / name).write_bytes(content)
-    (directory / "config.json").write_text('{"model_type": "gpt2"}')
-    return AutoTokenizer.from_pretrained(directory)
-
-
-@pytest.fixture(scope="module")
-def theirs(models: Models, tokenizer: Any) -> Any:
+def theirs(models: Models, gpt2_tokenizer: Any) -> Any:
     # Its cache takes one text cut at two places for the same request, and then scores the shorter
     # continuation at the wrong positions: a text of seven words, again and again, shows it.
     return HFLM(
-        pretrained=models.huggingface, tokenizer=tokenizer, batch_size=8, logits_cache=False
+        pretrained=models.huggingface, tokenizer=gpt2_tokenizer, batch_size=8, logits_cache=False
     )
 
 

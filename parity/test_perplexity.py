@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.evaluation.continuations import Scorer, make_scorer
@@ -17,7 +16,6 @@ from gpt2_jax.evaluation.perplexity import (
     beginning_with,
     score_documents,
 )
-from gpt2_jax.interop.tokenizer_files import gpt2_files
 from gpt2_jax.model import GPT2
 from gpt2_jax.tokenizer import END_OF_TEXT_ID, encode
 from parity.models import Models, random_models, random_tokens
@@ -132,7 +130,7 @@ def test_rolling_windows(prove: Prove) -> None:
     )
 
 
-def test_rolling(tmp_path: Any, prove: Prove) -> None:
+def test_rolling(gpt2_tokenizer: Any, prove: Prove) -> None:
     """The harness's own Hugging Face model, asked for whole texts."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
@@ -140,12 +138,8 @@ def test_rolling(tmp_path: Any, prove: Prove) -> None:
 
     config = GPT2Config(n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
     models = random_models(config, seed=4)
-    for name, content in gpt2_files(CONTEXT).items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     # Its cache can take two requests for one; see test_lm_eval.py.
-    theirs = HFLM(models.huggingface, tokenizer=tokenizer, batch_size=4, logits_cache=False)
+    theirs = HFLM(models.huggingface, tokenizer=gpt2_tokenizer, batch_size=4, logits_cache=False)
     words = itertools.cycle(
         ["The", "quick", "brown", "fox", "jumps", "over", "it,", "naïve", "日本"]
     )
