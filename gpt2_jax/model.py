@@ -172,6 +172,14 @@ def apply(
     return model.apply(variables, *args, **kwargs)
 
 
+def head_table(params: Params | AdaptedParams, config: GPT2Config) -> jax.Array:
+    """The output head [V, D], one row for each token and for the padding of the vocabulary."""
+    if isinstance(params, AdaptedParams):
+        params = params.params
+    table_VD: jax.Array = params["wte" if config.tie_word_embeddings else "lm_head"]["embedding"]
+    return table_VD
+
+
 def init_params(config: GPT2Config, key: jax.Array) -> Params:
     """Draws the initial parameters, all float32, as the GPT-2 paper and its code do.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gpt2_jax.allocator import restart_keeping_memory
 from gpt2_jax.cli import keep_compiled_programs, parse_flags, run
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
@@ -238,4 +239,5 @@ def _advise(flags: Flags, path: str, theirs: str | None, directory: Path) -> Non
 
 
 if __name__ == "__main__":
+    restart_keeping_memory()
     run(main)

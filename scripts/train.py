@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from gpt2_jax.allocator import restart_keeping_memory
 from gpt2_jax.cli import keep_compiled_programs, parse_flags_over_config, run
 from gpt2_jax.training.config_files import load_config_file
 from gpt2_jax.training.settings import DistributedSettings, TrainSettings
@@ -60,4 +61,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_keeping_memory()
     run(main)

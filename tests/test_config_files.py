@@ -51,6 +51,7 @@ UNUSUAL = TrainSettings(
     wandb="project",
     dtype="float32",
     remat="block",
+    loss_chunk=128,
     seed=2**31 - 1,
 )
 
@@ -106,7 +107,7 @@ def test_json_that_is_no_run_is_refused_with_file_and_reason(text, reason):
 
 def test_settings_added_later_have_their_defaults_in_older_files():
     older = json.loads(to_json(SETTINGS))
-    for name in ("mesh", "hellaswag", "remat"):
+    for name in ("mesh", "hellaswag", "remat", "loss_chunk"):
         del older[name]
     del older["optimizer"]["max_skipped_steps"]
     assert from_json(json.dumps(older), "config.json") == SETTINGS
@@ -228,6 +229,7 @@ def test_a_resumed_run_may_move_but_not_compute_something_else():
         "tensorboard",
         "wandb",
         "remat",
+        "loss_chunk",
     }
     for name in ("steps", "seed", "dtype", "data.batch_size", "optimizer.beta1", "model.n_inner"):
         assert name in names

@@ -10,7 +10,12 @@ import optax
 import pytest
 
 from gpt2_jax.model import param_shapes
-from gpt2_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from gpt2_jax.training.optimizer import (
+    decay_mask,
+    learning_rate_schedule,
+    make_optimizer,
+    plain_optimizer,
+)
 from gpt2_jax.training.settings import OptimizerSettings
 
 SETTINGS = OptimizerSettings(
@@ -139,3 +144,30 @@ def test_the_gradient_that_counts_is_never_longer_than_the_clip_norm(norm, norm_
     np.testing.assert_allclose(global_norm(clipped), norm_after, rtol=1e-5)
     for name, grad in grads.items():
         np.testing.assert_allclose(clipped[name] * norm, grad * norm_after, rtol=1e-5)
+
+
+def test_the_fused_update_is_the_plain_one_state_and_all():
+    """Clipped or not, and with gradients that are not finite in between."""
+    settings = dataclasses.replace(SETTINGS, learning_rate=0.1, warmup_steps=2, clip_norm=2.0)
+    schedule = learning_rate_schedule(settings, 9)
+    spoilt = [random_params(9), random_params(10)]
+    spoilt[0]["kernel"][1, 2] = np.nan
+    spoilt[1]["bias"][0] = np.inf
+    gradients = [random_params(1, 0.1), *spoilt, random_params(2, 5.0), random_params(3, 0.2)]
+
+    fused, plain = (make(settings, schedule) for make in (make_optimizer, plain_optimizer))
+    params = jax.tree.map(jnp.asarray, random_params(0))
+    state = plain_state = fused.init(params)
+    for grads in gradients:
+        updates, state = jax.jit(fused.update)(grads, state, params)
+        plain_updates, plain_state = jax.jit(plain.update)(grads, plain_state, params)
+        actual, expected = (updates, state), (plain_updates, plain_state)
+        assert jax.tree.structure(actual) == jax.tree.structure(expected)
+        for ours, theirs in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+            assert ours.dtype == theirs.dtype
+            assert ours.shape == theirs.shape
+            # A few roundings of float32; values are of order 1.
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-8)
+        params = optax.apply_updates(params, updates)
+    assert state.total_notfinite == 2
+    assert optax.tree.get(state, "total_notfinite") == 2

@@ -93,6 +93,15 @@ def test_rematerialisation_does_not_change_the_losses(settings, on_one_device, r
     np.testing.assert_allclose(actual, on_one_device, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_chunks_of_the_loss_do_not_change_the_losses(settings, on_one_device, mesh, tmp_path):
+    chunk = 3 * settings.data.micro_batch_size  # positions at a time, which do not divide T
+    assert settings.data.sequence_length % 3
+    run_dir = str(tmp_path / "run")
+    actual = run(settings, loss_chunk=chunk, mesh=MeshSettings(**mesh), run_dir=run_dir)
+    np.testing.assert_allclose(actual, on_one_device, rtol=0, atol=1e-5)
+
+
 def test_rematerialisation_keeps_less_for_the_backward_pass(tiny_config):
     """By the arrays between forward and backward; XLA:CPU undoes it, so memory shows nothing."""
 

@@ -183,7 +183,7 @@ def test_help_shows_the_configs_values(door: Door, config_file: Path) -> None:
 @pytest.mark.usefixtures("config_file")
 def test_the_benchmark_measures_loop_and_memory_without_data(door: Door, tmp_path: Path) -> None:
     flags = ("--config", "config.py", "--output", "figures.json")
-    code, out, _ = door("benchmark", "train", *flags, "--measured_steps", 2, "--rounds", 1)
+    code, out, _ = door("benchmark", "loop", *flags, "--measured_steps", 2, "--rounds", 1)
     assert code == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["ratio"] == pytest.approx(figures["loop"] / figures["step"])
@@ -198,5 +198,5 @@ def test_the_benchmark_measures_loop_and_memory_without_data(door: Door, tmp_pat
     assert parts[0] > 3 * 4 * 50_257 * 8
     assert figures["in all"] == sum(parts)
     assert "gigabytes of each device" in out
-    line = door.refuses("benchmark", "train", *flags, "--rounds", 0)
+    line = door.refuses("benchmark", "loop", *flags, "--rounds", 0)
     assert "rounds=0 must be" in line

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import GPT2
 from gpt2_jax.training.loss import cross_entropy
 from gpt2_jax.training.step import TrainState, eval_step, init_state, train_step
@@ -94,19 +95,23 @@ def test_a_step_is_a_function_of_its_arguments_bit_for_bit(shallow_config, initi
 
 
 class Noise:
-    """A model of nothing but dropout: its logits show the key they were drawn with."""
+    """A model of nothing but dropout: its features show the key they were drawn with."""
+
+    config = GPT2Config(vocab_size=97)
+    dtype = jnp.float32
 
     @staticmethod
-    def apply(variables, tokens_BT, *, deterministic, rngs):
+    def apply(variables, tokens_BT, *, method, deterministic, rngs):
+        del variables
+        assert method == "features"
         assert not deterministic
-        scale = variables["params"]["scale"]
-        return scale * jax.random.normal(rngs["dropout"], (*tokens_BT.shape, 97))
+        return jax.random.normal(rngs["dropout"], (*tokens_BT.shape, 97)), None
 
 
 def test_dropout_depends_on_the_key_the_step_and_the_pass():
     @functools.partial(jax.jit, static_argnums=0)
     def loss(rows, step, key):
-        state = TrainState(step, {"scale": jnp.ones(())}, optax.EmptyState())
+        state = TrainState(step, {"wte": {"embedding": jnp.eye(97)}}, optax.EmptyState())
         _, metrics = train_step(
             state,
             jnp.repeat(TOKENS_BT[None, :1], rows, axis=0),

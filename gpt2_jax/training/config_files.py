@@ -41,6 +41,7 @@ FREE_ON_RESUME = (
     "tensorboard",
     "wandb",
     "remat",
+    "loss_chunk",
 )
 
 

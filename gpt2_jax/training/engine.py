@@ -93,7 +93,13 @@ def make_engine(settings: TrainSettings, layout: Layout, base: Params | None = N
         T, devices = settings.data.sequence_length, layout.mesh.size
         return mfu(tokens_per_second, settings.model, T, device_kind, settings.dtype, devices, lora)
 
-    step = functools.partial(train_step, model=model, optimizer=optimizer, complete=gathered)
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        complete=gathered,
+        positions=layout.positions,
+    )
     return Engine(
         model,
         schedule,

@@ -1,12 +1,16 @@
 """AdamW, gradient clipping and the learning-rate schedule, all from Optax."""
 
+import functools
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import optax
 
 from gpt2_jax.model import Params
 from gpt2_jax.training.settings import OptimizerSettings
 
-_NEVER = 2**31 - 1  # int32: the wrapper would apply the gradient after that many
+_NEVER = 2**31 - 1
 
 
 def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
@@ -33,6 +37,19 @@ def decay_mask(params: Params) -> Params:
 def make_optimizer(
     settings: OptimizerSettings, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
+    """`plain_optimizer`, state and results, in one pass over memory instead of several.
+
+    Optax's parts hand each other whole trees, and a branch stands between moments and parameters:
+    compilers write most of those trees to memory. Here every value of the update is a formula of
+    its parameter, gradient and moments, which they fuse. Finite is a gradient of finite norm.
+    """
+    init = plain_optimizer(settings, schedule).init
+    return optax.GradientTransformation(init, functools.partial(_update, settings, schedule))
+
+
+def plain_optimizer(
+    settings: OptimizerSettings, schedule: optax.Schedule
+) -> optax.GradientTransformation:
     """Clips the global norm, then AdamW with decoupled weight decay (Loshchilov & Hutter, 2019).
 
     A gradient that is not finite changes neither parameters nor moments nor schedule; the state
@@ -51,3 +68,47 @@ def make_optimizer(
         ),
     )
     return optax.apply_if_finite(adamw, max_consecutive_errors=_NEVER)
+
+
+def _update(
+    settings: OptimizerSettings,
+    schedule: optax.Schedule,
+    grads: Params,
+    state: optax.ApplyIfFiniteState,
+    params: Params,
+) -> tuple[Params, optax.ApplyIfFiniteState]:
+    """What to add to the parameters, and the next state, whose form is `plain_optimizer`'s."""
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm)
+    clip = jnp.where(norm < settings.clip_norm, 1.0, settings.clip_norm / norm)
+    done = optax.tree.get(state, "count", filtering=_is_adams)
+    correction1, correction2 = (1 - beta ** (done + 1) for beta in (settings.beta1, settings.beta2))
+    rate = schedule(done)
+
+    # What is kept is chosen before it is read again: read from before the choice, an old moment
+    # would have to outlive the new one, in a copy.
+    def moment(old: jax.Array, value: jax.Array, beta: float) -> jax.Array:
+        return jnp.where(finite, beta * old + (1 - beta) * value, old)
+
+    def change(param: jax.Array, mu: jax.Array, nu: jax.Array, decays: bool) -> jax.Array:
+        step = mu / correction1 / (jnp.sqrt(nu / correction2) + settings.epsilon)
+        step += settings.weight_decay * param if decays else 0.0
+        return jnp.where(finite, -rate * step, 0.0)
+
+    mu, nu = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
+    mu = jax.tree.map(lambda old, g: moment(old, clip * g, settings.beta1), mu, grads)
+    nu = jax.tree.map(lambda old, g: moment(old, jnp.square(clip * g), settings.beta2), nu, grads)
+    updates = jax.tree.map(change, params, mu, nu, decay_mask(params))
+    inner = optax.tree.set(state.inner_state, mu=mu, nu=nu, count=done + finite)
+    failed = 1 - finite.astype(jnp.int32)
+    return updates, optax.ApplyIfFiniteState(
+        notfinite_count=failed * (state.notfinite_count + 1),
+        last_finite=finite,
+        total_notfinite=state.total_notfinite + failed,
+        inner_state=inner,
+    )
+
+
+def _is_adams(path: Any, _: Any) -> bool:
+    """Of a state's counts the moments'; the schedule's is always the same."""
+    return getattr(path[-1], "tuple_name", "") == "ScaleByAdamState"

@@ -190,6 +190,9 @@ class TrainSettings:
     remat: Literal["none", "dots", "block"] = "none"
     """what the backward pass computes again to save memory: nothing, all but matrix products,
     or whole blocks"""
+    loss_chunk: int | None = None
+    """tokens of one pass of a device whose logits are held at a time, the fewer the less memory;
+    None chooses by platform"""
     seed: int = 1337
     """fixes initial weights, order of the data and dropout"""
 
@@ -200,6 +203,8 @@ class TrainSettings:
             _check_whole(name, _field(self, name))
         if type(self.seed) is not int or not 0 <= self.seed < 2**31:
             raise UserError(f"seed={self.seed} must be a whole number in [0, 2^31)")
+        if self.loss_chunk is not None:
+            check_positive_int("loss_chunk", self.loss_chunk)
         for name, allowed in _CHOICES.items():
             if _field(self, name) not in allowed:
                 raise UserError(f"{name}={_field(self, name)!r} must be {' or '.join(allowed)}")

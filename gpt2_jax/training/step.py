@@ -4,7 +4,7 @@ Nothing here knows of files, devices or loops. The caller jits it once, donating
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ import optax
 
 from gpt2_jax.lora import init_lora
 from gpt2_jax.lora_settings import LoraSettings
-from gpt2_jax.model import GPT2, AdaptedParams, Params, apply, init_params
-from gpt2_jax.training.loss import cross_entropy
+from gpt2_jax.model import GPT2, AdaptedParams, Params, apply, head_table, init_params
+from gpt2_jax.training.accumulation import accumulate
+from gpt2_jax.training.loss import Head, head_loss, head_losses
 
 Complete = Callable[[Params, Params | None], Params | AdaptedParams]
 """(what is trained, what is frozen) -> what the model computes with"""
@@ -77,6 +78,7 @@ def train_step(
     model: GPT2,
     optimizer: optax.GradientTransformation,
     complete: Complete = lambda params, _: params,
+    positions: int | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Applies one optimizer step.
 
@@ -90,6 +92,7 @@ def train_step(
       model: the model, static under jit.
       optimizer: from `make_optimizer`, static under jit.
       complete: makes of `state.params` and `frozen` what the model computes with.
+      positions: of each sequence whose logits are held at a time; None is all.
 
     Returns:
       The new state and this step's metrics.
@@ -97,17 +100,18 @@ def train_step(
     passes = len(tokens_NBT)
     step_key = jax.random.fold_in(_dropout_key(key), state.step)
 
-    def pass_loss(params: Params, tokens_BT: jax.Array, pass_key: jax.Array) -> jax.Array:
-        return batch_loss(complete(params, frozen), tokens_BT, pass_key, model=model)
-
-    def accumulate(total, one_pass):  # type: ignore[no-untyped-def]
+    def gradient(one_pass: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, Params], None]:
         tokens_BT, index = one_pass
         pass_key = jax.random.fold_in(step_key, index)
-        result = jax.value_and_grad(pass_loss)(state.params, tokens_BT, pass_key)
-        return jax.tree.map(jnp.add, total, result), None
 
-    zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
-    total, _ = jax.lax.scan(accumulate, zero, (tokens_NBT, jnp.arange(passes)))
+        def loss(params: Params) -> jax.Array:
+            return batch_loss(
+                complete(params, frozen), tokens_BT, pass_key, model=model, positions=positions
+            )
+
+        return jax.value_and_grad(loss)(state.params), None
+
+    total, _ = accumulate(gradient, (tokens_NBT, jnp.arange(passes)))
     loss, grads = jax.tree.map(lambda value: value / passes, total)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -122,17 +126,43 @@ def train_step(
 
 
 def batch_loss(
-    params: Params | AdaptedParams, tokens_BT: jax.Array, key: jax.Array, *, model: GPT2
+    params: Params | AdaptedParams,
+    tokens_BT: jax.Array,
+    key: jax.Array,
+    *,
+    model: GPT2,
+    positions: int | None = None,
 ) -> jax.Array:
-    """Mean loss over a batch int32 [B, T + 1], with dropout."""
-    logits_BTV = apply(model, params, tokens_BT[:, :-1], deterministic=False, rngs={"dropout": key})
-    return cross_entropy(logits_BTV, tokens_BT[:, 1:]).mean()
+    """Mean loss over a batch int32 [B, T + 1], with dropout.
+
+    The plain form: `cross_entropy(apply(model, params, tokens_BT[:, :-1]), tokens_BT[:, 1:])`, of
+    which the mean.
+    """
+    x_BTD = _features(model, params, tokens_BT, deterministic=False, rngs={"dropout": key})
+    head = Head(model.config.vocab_size, model.dtype, positions)
+    return head_loss(x_BTD, head_table(params, model.config), tokens_BT[:, 1:], head)
 
 
-def eval_step(params: Params | AdaptedParams, tokens_BT: jax.Array, *, model: GPT2) -> jax.Array:
+def eval_step(
+    params: Params | AdaptedParams,
+    tokens_BT: jax.Array,
+    *,
+    model: GPT2,
+    positions: int | None = None,
+) -> jax.Array:
     """Mean loss of each row of int32 [B, T + 1], without dropout: float32 [B]."""
-    logits_BTV = apply(model, params, tokens_BT[:, :-1])
-    return cross_entropy(logits_BTV, tokens_BT[:, 1:]).mean(axis=-1)
+    x_BTD = _features(model, params, tokens_BT)
+    head = Head(model.config.vocab_size, model.dtype, positions)
+    losses_BT = head_losses(x_BTD, head_table(params, model.config), tokens_BT[:, 1:], head)
+    return losses_BT.mean(axis=-1)
+
+
+def _features(
+    model: GPT2, params: Params | AdaptedParams, tokens_BT: jax.Array, **kwargs: Any
+) -> jax.Array:
+    """What the output head reads, [B, T, D]."""
+    x_BTD, _ = apply(model, params, tokens_BT[:, :-1], method="features", **kwargs)
+    return x_BTD
 
 
 def _init_key(key: jax.Array) -> jax.Array:

@@ -64,7 +64,9 @@ def _make_validation(windows_NT: np.ndarray, model: GPT2, layout: Layout) -> Mea
     def sum_losses(
         params: Params | AdaptedParams, tokens_BT: jax.Array, counts_B: jax.Array
     ) -> jax.Array:
-        loss_B = eval_step(layout.gather_tables(params), tokens_BT, model=model)
+        loss_B = eval_step(
+            layout.gather_tables(params), tokens_BT, model=model, positions=layout.positions
+        )
         return jnp.sum(loss_B * counts_B)
 
     # All of it is dispatched and nothing read: the training step queues up behind it.
