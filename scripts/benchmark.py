@@ -1,18 +1,18 @@
-"""Measures speed and memory: python scripts/benchmark.py train --config configs/demo.py."""
+"""Measures speed and memory: python scripts/benchmark.py train."""
 
 import dataclasses
+import functools
 import json
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt2_jax import tokenizer
-from gpt2_jax.benchmarks.flags import Generate, HellaSwag, Lora, Memory, Rounding, Train
-from gpt2_jax.benchmarks.hellaswag_scorers import TITLES as SCORERS
-from gpt2_jax.benchmarks.lora_load import TITLES
-from gpt2_jax.cli import parse_flags, parse_flags_over_config, run
-from gpt2_jax.config import check_positive_int
+from gpt2_jax.benchmarks.flags import Generate, HellaSwag, Loop, Lora, Memory, Rounding, Train
+from gpt2_jax.benchmarks.worker import cpu_cores
+from gpt2_jax.cli import check_writable_place, parse_flags, parse_flags_over_config, run
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.hellaswag_items import FIELDS, read_items, validation_file
 from gpt2_jax.files import read_text, write_text
@@ -21,7 +21,8 @@ from gpt2_jax.training.config_files import load_config_file
 OVERVIEW = """\
 What to measure comes first; each has flags of its own, which --help after it lists:
 
-  benchmark.py train     tokens per second of the training loop against the bare jitted step
+  benchmark.py train     time of a training step, against plain Flax and PyTorch
+  benchmark.py loop      tokens per second of the training loop against the bare jitted step
   benchmark.py memory    what the compiled training step asks of each device
   benchmark.py generate  speed of generation, against whatever else is installed
   benchmark.py lora      time of a LoRA step, against training all weights and against PEFT
@@ -36,42 +37,72 @@ def main() -> None:
         print(OVERVIEW, end="")
         return
     what = sys.argv[1] if sys.argv[1:] and not sys.argv[1].startswith("-") else "train"
-    flags: Train | Memory | Generate | Lora | HellaSwag | Rounding
-    match what:
-        case "train":
-            flags = parse_flags_over_config(Train, load_config_file)
-            figures = _train(flags)
-        case "memory":
-            flags = parse_flags_over_config(Memory, load_config_file)
-            figures = _memory(flags)
-        case "generate":
-            flags = parse_flags(Generate)
-            figures = _generate(flags)
-        case "lora":
-            flags = parse_flags(Lora)
-            figures = _lora(flags)
-        case "hellaswag":
-            flags = parse_flags(HellaSwag)
-            figures = _hellaswag(flags)
-        case "rounding":
-            flags = parse_flags(Rounding)
-            figures = _rounding(flags)
-        case _:
-            known = "train, memory, generate, lora, hellaswag or rounding"
-            raise UserError(f"{what!r} cannot be measured; give {known}")
+    if what not in MEASUREMENTS:
+        raise UserError(f"{what!r} cannot be measured; give one of {', '.join(MEASUREMENTS)}")
+    flags_type, measure = MEASUREMENTS[what]
+    if flags_type in (Loop, Memory):
+        flags = parse_flags_over_config(flags_type, load_config_file)
+    else:
+        flags = parse_flags(flags_type)
     if flags.output is not None:
-        try:
-            write_text(flags.output, json.dumps(figures, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {flags.output}: {error.strerror}") from None
+        check_writable_place(flags.output)
+    figures = measure(flags)
+    if flags.output is not None:
+        write_text(flags.output, json.dumps(figures, indent=2) + "\n")
 
 
 # The slow imports come once the flags are read, so that --help and mistakes answer at once.
 
 
 def _train(flags: Train) -> dict[str, Any]:
-    for name in ("measured_steps", "rounds"):
-        check_positive_int(name, getattr(flags, name))
+    threads = flags.threads or cpu_cores()
+    if flags.plot is not None:
+        check_writable_place(flags.plot)
+    from rich.console import Console
+
+    from gpt2_jax.benchmarks.train import measure_train
+    from gpt2_jax.benchmarks.train_chart import plot_train
+    from gpt2_jax.benchmarks.train_report import print_train, versions
+
+    measure = functools.partial(measure_train, keep_memory=flags.keep_memory)
+    measured = _each_dtype(flags, measure, flags.peers)
+    console, load = Console(highlight=False), flags.load
+    rounds = f"medians of {flags.rounds} rounds of {flags.steps} steps"
+    rounds += f", memory kept by {flags.keep_memory}"
+    console.print(f"{load.model}, {threads} threads, {rounds}\n", markup=False, soft_wrap=True)
+    print_train(console, measured)
+    if flags.plot is not None:
+        plot_train(measured, flags.plot, load.model)
+    return {
+        **dataclasses.asdict(load),
+        **{"steps": flags.steps, "rounds": flags.rounds, "threads": threads},
+        "keep_memory": flags.keep_memory,
+        **{"device": measured[0].peaks[0].device_kind, "versions": versions()},
+        "measured": [figures.to_json() for figures in measured],
+    }
+
+
+def _each_dtype(
+    flags: Train | Lora, measure: Callable[..., Any], names: Sequence[str]
+) -> list[Any]:
+    """Figures of a contest for each dtype, one after another."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        return [
+            measure(
+                list(dict.fromkeys(names)),
+                flags.load.settings(dtype),
+                steps=flags.steps,
+                rounds=flags.rounds,
+                threads=flags.threads or cpu_cores(),
+                report=status.update,
+            )
+            for dtype in dict.fromkeys(flags.dtype)
+        ]
+
+
+def _loop(flags: Loop) -> dict[str, Any]:
     from gpt2_jax.benchmarks.loop import loop_against_step
 
     figures = loop_against_step(flags.settings, flags.measured_steps, flags.rounds)
@@ -101,32 +132,13 @@ def _device() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def _checked_threads(asked: int | None) -> int:
-    from gpt2_jax.benchmarks.worker import cpu_cores
-
-    threads = cpu_cores() if asked is None else asked
-    if not 1 <= threads <= cpu_cores():
-        raise UserError(f"threads={threads} must be from 1 to {cpu_cores()}, the cores there are")
-    return threads
-
-
 def _generate(flags: Generate) -> dict[str, Any]:
-    for name in ("prompt_tokens", "rounds"):
-        check_positive_int(name, getattr(flags, name))
-    for name in ("engines", "batch"):
-        if not getattr(flags, name):
-            raise UserError(f"--{name} is empty; give at least one, or leave it out")
-    for batch in flags.batch:
-        check_positive_int("batch", batch)
-    if flags.new_tokens < 2:
-        raise UserError(f"new_tokens={flags.new_tokens} must be at least 2, or nothing is decoded")
-    threads = _checked_threads(flags.threads)
-
+    threads = flags.threads or cpu_cores()
     from rich.console import Console
 
     from gpt2_jax.benchmarks.figures import Load
     from gpt2_jax.benchmarks.generation import measure_generation
-    from gpt2_jax.benchmarks.report import LEGEND, first_word_table, speed_table
+    from gpt2_jax.benchmarks.report import print_generation
 
     # Its scratch directory is of gigabytes, and must not stay when `timeout` ends it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -144,52 +156,23 @@ def _generate(flags: Generate) -> dict[str, Any]:
     console = Console(highlight=False)
     weights = flags.source or f"{flags.model or 'gpt2'} with random weights"
     console.print(f"{weights}, {threads} threads, medians of {flags.rounds} rounds\n")
-    for measured, engines in zip(figures.measured, figures.engines, strict=True):
-        console.print(speed_table(measured, engines, figures.elsewhere, figures.config))
-    console.print(LEGEND, markup=False, soft_wrap=True)
-    if figures.first_words:
-        console.print(first_word_table(figures.first_words))
-    for name, reason in figures.left_out.items():
-        console.print(f"{name} is left out: {reason}", markup=False, soft_wrap=True)
+    print_generation(console, figures)
     return {"rounds": flags.rounds, "threads": threads, **figures.to_json()}
 
 
 def _lora(flags: Lora) -> dict[str, Any]:
-    for name in ("steps", "rounds"):
-        check_positive_int(name, getattr(flags, name))
-    for name in ("contestants", "dtype"):
-        if not getattr(flags, name):
-            raise UserError(f"--{name} is empty; give at least one, or leave it out")
-    threads = _checked_threads(flags.threads)
-
+    threads = flags.threads or cpu_cores()
     from rich.console import Console
 
     from gpt2_jax.benchmarks.lora import measure_lora
-    from gpt2_jax.benchmarks.lora_report import LEGEND, comparisons, step_table
+    from gpt2_jax.benchmarks.lora_report import print_lora
 
-    with Console(stderr=True).status("starting") as status:
-        measured = [
-            measure_lora(
-                list(dict.fromkeys(flags.contestants)),
-                flags.load.settings(dtype),
-                steps=flags.steps,
-                rounds=flags.rounds,
-                threads=threads,
-                report=status.update,
-            )
-            for dtype in dict.fromkeys(flags.dtype)
-        ]
+    measured = _each_dtype(flags, measure_lora, flags.contestants)
     console = Console(highlight=False)
     load, adapter = flags.load, f"rank {flags.load.rank} on {', '.join(flags.load.targets)}"
     rounds = f"medians of {flags.rounds} rounds of {flags.steps} steps"
     console.print(f"{load.model}, {adapter}, {threads} threads, {rounds}\n", soft_wrap=True)
-    for figures in measured:
-        console.print(step_table(figures))
-        for line in (*comparisons(figures), ""):
-            console.print(line, markup=False, soft_wrap=True)
-        for name, reason in figures.left_out.items():
-            console.print(f"{TITLES[name]} is left out: {reason}", markup=False, soft_wrap=True)
-    console.print(LEGEND, end="", markup=False, soft_wrap=True)
+    print_lora(console, measured)
     return {
         **dataclasses.asdict(load),
         **{"steps": flags.steps, "rounds": flags.rounds, "threads": threads},
@@ -198,14 +181,7 @@ def _lora(flags: Lora) -> dict[str, Any]:
 
 
 def _hellaswag(flags: HellaSwag) -> dict[str, Any]:
-    for name in ("items", "rounds"):
-        check_positive_int(name, getattr(flags, name))
-    for name in ("contestants", "dtype", "batch"):
-        if not getattr(flags, name):
-            raise UserError(f"--{name} is empty; give at least one, or leave it out")
-    for batch in flags.batch:
-        check_positive_int("batch", batch)
-    threads = _checked_threads(flags.threads)
+    threads = flags.threads or cpu_cores()
     data = validation_file() if flags.data is None else flags.data
     items = read_items(data, fields=FIELDS["lm-evaluation-harness"])
     chosen = items[:: max(1, len(items) // flags.items)][: flags.items]
@@ -213,7 +189,7 @@ def _hellaswag(flags: HellaSwag) -> dict[str, Any]:
     from rich.console import Console
 
     from gpt2_jax.benchmarks.hellaswag import measure_hellaswag, padding
-    from gpt2_jax.benchmarks.hellaswag_report import LEGEND, padding_lines, speed_table
+    from gpt2_jax.benchmarks.hellaswag_report import padding_lines, print_hellaswag
 
     with Console(stderr=True).status("starting") as status:
         measured = [
@@ -234,15 +210,10 @@ def _hellaswag(flags: HellaSwag) -> dict[str, Any]:
     weights = flags.source or f"{flags.model or 'gpt2'} with random weights"
     rounds = f"medians of {flags.rounds} rounds of {len(chosen):,} items"
     console.print(f"{weights}, {threads} threads, {rounds}\n", soft_wrap=True)
-    for figures in measured:
-        console.print(speed_table(figures))
-        for name, reason in figures.left_out.items():
-            console.print(f"{SCORERS[name]} is left out: {reason}", markup=False, soft_wrap=True)
-    console.print(LEGEND, markup=False, soft_wrap=True)
+    print_hellaswag(console, measured)
     counted = padding(items, n_positions=1024, batch_size=4)
     console.print(f"{data}, {len(items):,} items in batches of 4", markup=False, soft_wrap=True)
-    for line in padding_lines(counted):
-        console.print(line, markup=False, soft_wrap=True)
+    console.print(*padding_lines(counted), sep="\n", markup=False, soft_wrap=True)
     return {
         **{"data": str(data), "items": len(chosen), "weights": weights, "rounds": flags.rounds},
         **{"threads": threads, "measured": [figures.to_json() for figures in measured]},
@@ -251,13 +222,11 @@ def _hellaswag(flags: HellaSwag) -> dict[str, Any]:
 
 
 def _rounding(flags: Rounding) -> dict[str, Any]:
-    if not 0 < flags.last <= 1:
-        raise UserError(f"last={flags.last} must be in (0, 1]; 1 reads the whole text")
-    check_positive_int("tokens", flags.tokens)
     text = read_text(flags.text)
     tokens = tokenizer.encode(text[round(len(text) * (1 - flags.last)) :])
 
     from gpt2_jax.benchmarks.rounding import rounding_cost
+    from gpt2_jax.benchmarks.rounding_report import cost_lines
     from gpt2_jax.sources import load_source
 
     params, config = load_source(flags.source)
@@ -265,14 +234,19 @@ def _rounding(flags: Rounding) -> dict[str, Any]:
         raise UserError(f"{flags.source} has another vocabulary than GPT-2's, which the text needs")
     costs = rounding_cost(params, config, tokens, flags.tokens)
     print(f"{flags.source} on {costs['f32']['tokens']:,} tokens of {flags.text}")
-    print("        weights  perplexity  against f32  same likeliest token")
-    for precision, cost in costs.items():
-        change = cost["perplexity"] / costs["f32"]["perplexity"] - 1
-        print(
-            f"{precision:5}{cost['megabytes']:7.1f} MB{cost['perplexity']:12.3f}{change:13.3%}"
-            f"{cost['agreement']:22.2%}"
-        )
+    print(*cost_lines(costs), sep="\n")
     return {"device": _device(), "source": flags.source, "text": str(flags.text), **costs}
+
+
+MEASUREMENTS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
+    "train": (Train, _train),
+    "loop": (Loop, _loop),
+    "memory": (Memory, _memory),
+    "generate": (Generate, _generate),
+    "lora": (Lora, _lora),
+    "hellaswag": (HellaSwag, _hellaswag),
+    "rounding": (Rounding, _rounding),
+}
 
 
 if __name__ == "__main__":

@@ -10,16 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from doors import Door
+from in_process import InProcess
 from rich.console import Console
 
-from gpt2_jax.benchmarks import contestants, lora_load
+from gpt2_jax.benchmarks import contestants, lora_load, trainers
 from gpt2_jax.benchmarks import lora as lora_module
-from gpt2_jax.benchmarks.lora import LoraFigures, Measured, measure_lora
+from gpt2_jax.benchmarks.lora import LoraFigures, measure_lora
 from gpt2_jax.benchmarks.lora_load import TITLES, LoraLoad, missing_packages
 from gpt2_jax.benchmarks.lora_report import LEGEND, comparisons, step_table
-from gpt2_jax.benchmarks.lora_trainers import Program, random_tokens
 from gpt2_jax.benchmarks.model_files import random_params
+from gpt2_jax.benchmarks.random_start import random_tokens
 from gpt2_jax.benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
+from gpt2_jax.benchmarks.step_contest import Measured
+from gpt2_jax.benchmarks.trainers import Program
 from gpt2_jax.benchmarks.worker import Worker
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.lora_settings import TARGETS, LoraSettings
@@ -72,30 +75,16 @@ def test_the_compiled_step_holds_no_gradient_of_a_frozen_weight() -> None:
         assert program.cost_analysis()["flops"] / all_flops < 0.72
 
 
-class InProcess:
-    """Stands for `Worker`: the same, in this process. Keeps each contestant apart."""
-
-    def __init__(self, _threads: int, device: str | None = None) -> None:
-        self._state: tuple = (None, None)
-        self.device = device
-
-    def __enter__(self) -> "InProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._state = (None, None)
-
-    def run(self, function, *args):
-        lora_module._trainer, lora_module._resident_before = self._state
-        result = function(*args)
-        self._state = lora_module._trainer, lora_module._resident_before
-        return result
+def in_process(_threads: int, device: str | None = None, **_: object) -> InProcess:
+    del device
+    return InProcess(trainers, "_trainer", "_resident_before")
 
 
 @pytest.fixture
 def ours_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def worker(threads: int, device: str | None = None):
-        return Worker(threads, device) if device == "cpu" else InProcess(threads, device)
+    def worker(threads: int, device: str | None = None, *, keep_memory: bool):
+        assert keep_memory == (device is None)  # as finetune_lora.py does, and PEFT does not
+        return Worker(threads, device) if device == "cpu" else in_process(threads)
 
     monkeypatch.setattr(lora_module, "Worker", worker)
     monkeypatch.setattr(contestants, "SETTLE_SECONDS", 0)
@@ -162,10 +151,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         def device_peak_bytes(self) -> int:
             return 7
 
-    def trainer(_settings: TrainSettings, *, train_all: bool) -> Made:
-        return Made("full" if train_all else "lora")
+    def trainer(settings: TrainSettings, **_: object) -> Made:
+        return Made("full" if settings.lora is None else "lora")
 
-    monkeypatch.setattr(lora_module, "Worker", InProcess)
+    monkeypatch.setattr(lora_module, "Worker", in_process)
     monkeypatch.setattr(lora_module, "OurTrainer", trainer)
     monkeypatch.setattr("gpt2_jax.benchmarks.lora_peft.PeftTrainer", lambda _: Made("peft"))
     monkeypatch.setattr(contestants, "SETTLE_SECONDS", 0)
@@ -194,8 +183,8 @@ def test_peft_that_fails_is_left_out_and_named() -> None:
 def test_our_own_failure_is_no_result(
     calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: TrainSettings, *, train_all: bool) -> None:
-        raise RuntimeError("no memory") if train_all else OSError("ours")
+    def broken(settings: TrainSettings, **_: object) -> None:
+        raise RuntimeError("no memory") if settings.lora is None else OSError("ours")
 
     monkeypatch.setattr(lora_module, "OurTrainer", broken)
     settings = LoraLoad().settings("float32")

@@ -8,12 +8,56 @@ import tyro
 
 from gpt2_jax.benchmarks import hellaswag_scorers
 from gpt2_jax.benchmarks.engines import ENGINE_NAMES, EngineName
+from gpt2_jax.benchmarks.flag_checks import check_counts, check_not_empty, check_threads
 from gpt2_jax.benchmarks.lora_load import CONTESTANTS, Contestant, Dtype, LoraLoad
+from gpt2_jax.benchmarks.train_load import PEERS, KeepMemory, Peer, TrainLoad
+from gpt2_jax.config import check_positive_int
+from gpt2_jax.errors import UserError
 from gpt2_jax.training.settings import TrainSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
+    """Time and memory of our training step, against plain Flax and PyTorch, by turns.
+
+    All start from the same random weights and learn the same random tokens. Each is a process of
+    its own that keeps its weights and moments while it waits.
+    """
+
+    what: tyro.conf.Positional[Literal["train"]] = "train"
+    load: Annotated[TrainLoad, tyro.conf.arg(name="")] = TrainLoad()
+    """the step"""
+    peers: tuple[Peer, ...] = PEERS
+    """who takes part beside gpt2_jax: plain is a step of Flax's and Optax's own parts, reference
+    parity/reference.py on PyTorch, hf Hugging Face transformers; compiled by torch.compile. One
+    that is not installed or fails is left out"""
+    dtype: tuple[Dtype, ...] = ("float32", "bfloat16")
+    """compute dtype; several are measured one after another, each with fresh processes, so that
+    memory need hold one dtype's contestants at a time"""
+    keep_memory: KeepMemory = "ours"
+    """who allocates memory as our training scripts do, which makes everybody faster on a CPU
+    (docs/performance.md); ours alone, as users run it all"""
+    steps: int = 3
+    """measured steps a round"""
+    rounds: int = 3
+    """how often each is measured, by turns; medians are compared"""
+    threads: int | None = None
+    """CPU cores to use; None takes all"""
+    output: Path | None = None
+    """also write the figures to this file, as JSON"""
+    plot: Path | None = None
+    """also draw tokens per second to this file, as PNG"""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps", "rounds")
+        check_not_empty(self, "dtype")
+        check_threads(self.threads)
+        if self.plot is not None and self.plot == self.output:
+            raise UserError(f"--output and --plot are both {self.plot}; give two files")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
     """Tokens per second of the training loop against the bare jitted step, on random tokens.
 
     Every setting of the config is also a flag.
@@ -22,13 +66,16 @@ class Train:
     config: Path
     """the run to measure, one of configs/*.py or your own"""
     settings: Annotated[TrainSettings, tyro.conf.arg(name="")]
-    what: tyro.conf.Positional[Literal["train"]] = "train"
+    what: tyro.conf.Positional[Literal["loop"]] = "loop"
     measured_steps: int = 30
     """steps in a round"""
     rounds: int = 3
     """how often each is measured, by turns"""
     output: Path | None = None
     """also write the figures to this file, as JSON"""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "measured_steps", "rounds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +121,17 @@ class Generate:
     output: Path | None = None
     """also write the figures to this file, as JSON"""
 
+    def __post_init__(self) -> None:
+        check_counts(self, "prompt_tokens", "rounds")
+        check_not_empty(self, "engines", "batch")
+        for batch in self.batch:
+            check_positive_int("batch", batch)
+        if self.new_tokens < 2:
+            raise UserError(
+                f"new_tokens={self.new_tokens} must be at least 2, or nothing is decoded"
+            )
+        check_threads(self.threads)
+
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
@@ -98,6 +156,11 @@ class Lora:
     """CPU cores to use; None takes all"""
     output: Path | None = None
     """also write the figures to this file, as JSON"""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps", "rounds")
+        check_not_empty(self, "contestants", "dtype")
+        check_threads(self.threads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +193,13 @@ class HellaSwag:
     output: Path | None = None
     """also write the figures to this file, as JSON"""
 
+    def __post_init__(self) -> None:
+        check_counts(self, "items", "rounds")
+        check_not_empty(self, "contestants", "dtype", "batch")
+        for batch in self.batch:
+            check_positive_int("batch", batch)
+        check_threads(self.threads)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
@@ -146,3 +216,8 @@ class Rounding:
     """how many to predict, at most"""
     output: Path | None = None
     """also write the figures to this file, as JSON"""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "tokens")
+        if not 0 < self.last <= 1:
+            raise UserError(f"last={self.last} must be in (0, 1]; 1 reads the whole text")

@@ -1,5 +1,8 @@
 """The table of `benchmark.py hellaswag`, for a terminal of 80 columns."""
 
+from collections.abc import Sequence
+
+from rich.console import Console
 from rich.table import Table
 
 from gpt2_jax.benchmarks.hellaswag import HellaSwagFigures, Padding
@@ -13,6 +16,15 @@ whole set   minutes for {VALIDATION_ITEMS:,} items at that speed, without compil
 ours is     how many times as fast ours is, the median of the rounds
 differs     the largest difference between its loss of an ending and ours, nats
 """
+
+
+def print_hellaswag(console: Console, measured: Sequence[HellaSwagFigures]) -> None:
+    """A table for each dtype, and who was left out."""
+    for figures in measured:
+        console.print(speed_table(figures))
+        for name, reason in figures.left_out.items():
+            console.print(f"{TITLES[name]} is left out: {reason}", markup=False, soft_wrap=True)
+    console.print(LEGEND, markup=False, soft_wrap=True)
 
 
 def speed_table(figures: HellaSwagFigures) -> Table:

@@ -1,10 +1,14 @@
 """The table of `benchmark.py lora`, for a terminal of 80 columns."""
 
+from collections.abc import Sequence
+
+from rich.console import Console
 from rich.table import Table
 
-from gpt2_jax.benchmarks.lora import COMPARED_STEPS, LoraFigures, Measured
+from gpt2_jax.benchmarks.lora import LoraFigures
 from gpt2_jax.benchmarks.lora_load import TITLES
 from gpt2_jax.benchmarks.report import plain_table
+from gpt2_jax.benchmarks.step_contest import COMPARED_STEPS, Measured
 
 STEPS = 500
 
@@ -15,6 +19,17 @@ GFLOP       of one pass and the optimizer, as XLA counts the compiled program
 planned MB  arguments, results and buffers of the compiled program
 peak MB     the most held beyond libraries and compiler, told by the system
 """
+
+
+def print_lora(console: Console, measured: Sequence[LoraFigures]) -> None:
+    """A table for each dtype, what it says in a few lines, and who was left out."""
+    for figures in measured:
+        console.print(step_table(figures))
+        for line in (*comparisons(figures), ""):
+            console.print(line, markup=False, soft_wrap=True)
+        for name, reason in figures.left_out.items():
+            console.print(f"{TITLES[name]} is left out: {reason}", markup=False, soft_wrap=True)
+    console.print(LEGEND, end="", markup=False, soft_wrap=True)
 
 
 def step_table(figures: LoraFigures) -> Table:

@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from gpt2_jax.benchmarks.engines import EngineName, precision, title
 from gpt2_jax.benchmarks.figures import EngineFigures, Measured, weight_bytes
+from gpt2_jax.benchmarks.generation import GenerationFigures
 from gpt2_jax.config import GPT2Config
 
 LEGEND = """\
@@ -18,6 +20,17 @@ of limit  share of the speed at which memory gives the weights once a token
 same      tokens that are gpt2_jax f32's, in each text up to the first other one
 x / it    how many times as fast gpt2_jax decodes at that precision
 """
+
+
+def print_generation(console: Console, figures: GenerationFigures) -> None:
+    """A table for each load, one of the first words, and who was left out."""
+    for measured, engines in zip(figures.measured, figures.engines, strict=True):
+        console.print(speed_table(measured, engines, figures.elsewhere, figures.config))
+    console.print(LEGEND, markup=False, soft_wrap=True)
+    if figures.first_words:
+        console.print(first_word_table(figures.first_words))
+    for name, reason in figures.left_out.items():
+        console.print(f"{name} is left out: {reason}", markup=False, soft_wrap=True)
 
 
 def speed_table(

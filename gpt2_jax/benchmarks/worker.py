@@ -1,16 +1,21 @@
 """A process of its own for whatever is measured, with no more CPU cores than it may use."""
 
+import contextlib
 import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import ParamSpec, TypeVar
 
+from gpt2_jax.allocator import KEEP_MEMORY, VARIABLE
+
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_SECONDS_TO_END = 5
 
 
 class Worker:
@@ -19,21 +24,31 @@ class Worker:
     Args:
       threads: CPU cores it may use.
       device: "cpu" keeps JAX from using an accelerator; None leaves it the choice.
+      keep_memory: it allocates memory as training scripts do, see `gpt2_jax.allocator`.
     """
 
-    def __init__(self, threads: int, device: str | None = None) -> None:
+    def __init__(
+        self, threads: int, device: str | None = None, *, keep_memory: bool = False
+    ) -> None:
         processes = get_context("spawn")
         self._connection, theirs = processes.Pipe()
         self._process = processes.Process(
             target=_serve, args=(theirs, threads, device), daemon=True
         )
-        self._process.start()
+        with _environment(VARIABLE, KEEP_MEMORY if keep_memory else None):
+            self._process.start()
+        self._busy = False
         theirs.close()  # so that the end of either process is seen by the other
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._busy:
+            # Of its own accord, so that libraries give back what is the system's.
+            with contextlib.suppress(OSError):
+                self._connection.send(None)
+            self._process.join(_SECONDS_TO_END)
         self._process.terminate()
         self._process.join()
         self._connection.close()
@@ -44,15 +59,31 @@ class Worker:
         Raises:
           RuntimeError: if the process ends.
         """
+        self._busy = True
         try:
             self._connection.send((function, args, kwargs))
             result, error = self._connection.recv()
         except (EOFError, OSError):
             self._process.join()
             raise RuntimeError(f"its process ended with {self._process.exitcode}") from None
+        self._busy = False
         if error is not None:
             raise error
         return result
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """Sets a variable for the processes that are started meanwhile; None leaves it as it is."""
+    before = os.environ.get(name)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def cpu_cores() -> int:
@@ -72,9 +103,12 @@ def _serve(connection: Connection, threads: int, device: str | None) -> None:
         os.environ["JAX_PLATFORMS"] = device
     while True:
         try:
-            function, args, kwargs = connection.recv()
+            asked = connection.recv()
         except EOFError:
             return
+        if asked is None:
+            return
+        function, args, kwargs = asked
         try:
             connection.send((function(*args, **kwargs), None))
         except Exception as error:
