@@ -16,15 +16,48 @@ from gpt2_jax.attention import CausalSelfAttention, Implementation, LayerCache
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.layers import LayerNorm, Linear
 
-# Named as Hugging Face names them. GPT-2's own is gelu_new, the tanh approximation
-# x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) of Hendrycks & Gimpel, 2016.
+
+@jax.custom_jvp
+def gelu_new(x: jax.Array) -> jax.Array:
+    """GPT-2's nonlinearity, x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+
+    The tanh approximation of Hendrycks & Gimpel, 2016; `jax.nn.gelu` is the plain form.
+
+    Args:
+      x: any shape and float dtype.
+
+    Returns:
+      float32, shaped as x; computed in float32.
+    """
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True)
+
+
+@gelu_new.defjvp
+def _gelu_new_derivative(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    # (1 + tanh(u))/2 is the logistic function of 2u, s, and GELU is x s. Written with tanh, XLA
+    # would find what equals the forward pass and keep its float32 values for the backward pass.
+    # With e = exp(-|2u|), s(1 - s) is e / (1 + e)^2: nothing cancels, nothing overflows.
+    [x], [tangent] = primals, tangents
+    y = x.astype(jnp.float32)
+    scale = (8 / jnp.pi) ** 0.5
+    doubled = y * (scale + scale * 0.044715 * y * y)
+    e = jnp.exp(-jnp.abs(doubled))
+    s = jnp.where(doubled > 0, 1, e) / (1 + e)
+    slope = s + e / (1 + e) ** 2 * y * (scale + scale * 3 * 0.044715 * y * y)
+    return gelu_new(x), slope * tangent.astype(jnp.float32)
+
+
+# Named as Hugging Face names them, float32 whatever they are given.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
+    # The backward pass is left x alone, in the dtype it has, not what was made of it on the way.
+    "gelu_new": jax.checkpoint(gelu_new),
+    "gelu_pytorch_tanh": jax.checkpoint(gelu_new),
+    "gelu": lambda x: jax.nn.gelu(x.astype(jnp.float32), approximate=False),
+    "relu": lambda x: jax.nn.relu(x.astype(jnp.float32)),
+    "silu": lambda x: jax.nn.silu(x.astype(jnp.float32)),
+    "tanh": lambda x: jnp.tanh(x.astype(jnp.float32)),
 }
 
 
@@ -46,7 +79,7 @@ class MLP(nn.Module):
 
     def __call__(self, x_BTD: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Maps [B, T, D] to the branch's output [B, T, D]."""
-        hidden_BTF = self.c_fc(x_BTD, deterministic=deterministic).astype(jnp.float32)
+        hidden_BTF = self.c_fc(x_BTD, deterministic=deterministic)
         hidden_BTF = ACTIVATIONS[self.config.activation_function](hidden_BTF)
         self.sow("intermediates", "activation", hidden_BTF)
         y_BTD = self.c_proj(hidden_BTF, deterministic=deterministic)

@@ -149,6 +149,29 @@ def test_the_mlp_follows_the_formula_of_its_activation(shallow_config, shallow_p
     np.testing.assert_allclose(actual_BTD, expected_BTD, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gelu_new_has_the_derivative_of_its_formula(dtype):
+    x = jnp.concatenate([jnp.linspace(-12, 12, 2401), jnp.asarray([-1e4, 1e4])]).astype(dtype)
+    gelu_new = ACTIVATIONS["gelu_new"]
+    gradient = jax.vmap(jax.grad(gelu_new))(x)
+    assert gradient.dtype == dtype
+    with jax.enable_x64():
+        y = jnp.asarray(np.asarray(x, np.float64))
+        expected = jax.vmap(jax.grad(lambda y: jax.nn.gelu(y, approximate=True)))(y)
+    # Rounded to 24 (8) significant bits; values are at most 1.13. Plain autodiff misses by 3.6e-6.
+    tolerance = 5e-7 if dtype == jnp.float32 else 2**-8
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, rtol=0, atol=tolerance)
+    _, forward_mode = jax.jvp(gelu_new, (x,), (jnp.ones_like(x),))
+    np.testing.assert_allclose(forward_mode, expected, rtol=0, atol=5e-7)
+
+
+def test_gelu_new_leaves_its_input_alone_to_the_backward_pass():
+    x = jnp.ones((4, 8), jnp.bfloat16)
+    _, backward = jax.vjp(ACTIVATIONS["gelu_new"], x)
+    kept = [leaf for leaf in jax.tree.leaves(backward) if leaf.size > 1]
+    assert [(leaf.shape, leaf.dtype) for leaf in kept] == [(x.shape, x.dtype)]
+
+
 def pad_vocabulary(params, rows):
     table_VD = params["wte"]["embedding"]
     padding = ((0, rows - table_VD.shape[0]), (0, 0))
