@@ -1,14 +1,21 @@
 """GPT-2 124M on 10 billion tokens of FineWeb-Edu: the recipe of karpathy/build-nanogpt.
 
+    python scripts/prepare_fineweb.py
     python scripts/train.py --config configs/124m.py
 
-524,288 tokens a step for 19,073 steps is one epoch of 10 billion tokens. The data are token
-shards, made by scripts/prepare_fineweb.py or by build-nanogpt's fineweb.py.
-Hardware: all GPUs at hand, by the same command; 8 of 80 GB take a step in one pass of
-8 x 64 x 1024 tokens, one takes 8 passes. On smaller ones halve data.micro_batch_size until it
-fits, the result stays the same.
-Time and memory: not measured yet. Expected validation loss: build-nanogpt's run of this recipe
-passes the 3.29 of OpenAI's own 124M weights on the same validation shard.
+524,288 tokens a step for 19,073 steps is one epoch of 10 billion tokens. docs/train.md goes
+through it from end to end.
+Hardware: all GPUs at hand, by the same command; eight take a step in one pass of 8 x 64
+sequences, one in eight passes. Lower data.micro_batch_size until it fits, the result stays the
+same.
+Memory: the CPU compiler plans 84 GB a device for 64 sequences a pass (79 on eight devices), 44
+for 32, 23 for 16, 13 for 8 (scripts/benchmark.py memory, jax 0.10.2); 1.5 are parameters and
+moments. A GPU's compiler plans otherwise, which was not measured: ask it by the same command,
+with 80 GB try 32 first.
+Time, an estimate: 0.855 GFLOP a token x 10e9 tokens = 8.55e18; at 40 % of an H100's 989 TFLOP/s
+21,600 s, 6.0 hours on one and 45 minutes on eight, if they share it out without loss.
+Expected validation loss, not measured here: near 3.2924, which build-nanogpt gives for OpenAI's
+own 124M weights on its validation shard; docs/train.md has what others reached.
 """
 
 from gpt2_jax.config import GPT2Config

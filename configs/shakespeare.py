@@ -6,8 +6,9 @@
 30 million parameters, two thirds of them the embedding, for 300 thousand training tokens: it
 learns the plays by heart if it is let, so dropout is on and the run short (15 epochs).
 Hardware: any. Two cores of an EPYC server, which also ran tests: 67 minutes, 1,395 tokens/s.
-Measured: validation loss from 10.88 to 4.85 at step 600 (kept as the best checkpoint), 4.97 at the
-end, when the training loss is 3.06. docs/train.md shows the curves and what it writes.
+Memory: the CPU compiler plans 1.0 GB (scripts/benchmark.py memory, jax 0.10.2).
+Measured: validation loss from 10.88 to 4.85 at step 600 (kept as the best checkpoint), 4.97 at
+the end, when the training loss is 3.06. docs/train.md shows the curves and what it writes.
 """
 
 from gpt2_jax.config import GPT2Config
