@@ -5,7 +5,16 @@ A position reads the messages of the positions up to its own, weighted by how we
 answer its query; H heads do this side by side, each in a space of width K = D / H.
 Attention is the only place in the model where positions talk to each other.
 
-Section 2.3 of the GPT-2 paper, section 3.2 of Vaswani et al., 2017.
+GPT-2 has it as Vaswani et al., 2017, section 3.2, describe it:
+
+    attention(q, k, v) = softmax(q k^T / sqrt(K)) v        3.2.1, formula (1)
+        q [T, K], k [S, K], v [S, K] -> scores [T, S] -> [T, K]
+    H of them, put together by a matrix                    3.2.2
+    scores of later positions are -inf before the softmax  3.2.3
+
+If the entries of q and k are independent with variance 1, their product has variance K. Dividing by
+sqrt(K) brings it back to 1; otherwise softmax would saturate and pass hardly any gradient.
+
 Shapes: B batch, T sequence, S keys, D width, H heads, K head width, N = B H heads of all rows.
 """
 
@@ -38,6 +47,8 @@ class LayerCache(NamedTuple):
 class KVCache(NamedTuple):
     """What generation remembers of the tokens before: one `LayerCache` a layer.
 
+    A position's keys and values do not depend on what comes later. Kept, they make a new token cost
+    one position of work instead of all of them again, for 2 L D numbers of memory.
     `length_B` counts the positions already written in each row, so rows may differ in length.
     """
 
@@ -77,7 +88,12 @@ def choose_implementation(platform: str, dtype: DTypeLike, head_width: int) -> I
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which position t sees positions 0..t."""
+    """Multi-head attention in which position t sees positions 0..t.
+
+    One matrix [D, 3D] makes q, k and v of all heads; another, [D, D], mixes what the heads have
+    read. The matrices take 8 B T D^2 operations, scores and sums 4 B T^2 D, which is more once T
+    is above 2 D.
+    """
 
     config: GPT2Config
     dtype: DTypeLike
@@ -88,8 +104,9 @@ class CausalSelfAttention(nn.Module):
         """Declares the submodules."""
         config, dropout = self.config, self.lora_dropout
         stddev = config.initializer_range
-        # Each block adds two branches to the residual stream. Scaling their last matrices by
-        # 1/sqrt(2L) keeps the stream's variance independent of depth (GPT-2 paper, 2.3).
+        # Each block adds two branches to the residual stream. With their last matrices divided by
+        # the square root of their number, 2L, the sum's variance does not grow with depth (GPT-2
+        # paper, section 2.3).
         last_stddev = stddev / (2 * config.n_layer) ** 0.5
         self.c_attn = Linear(3 * config.n_embd, stddev, self.dtype, dropout)
         self.c_proj = Linear(config.n_embd, last_stddev, self.dtype, dropout)

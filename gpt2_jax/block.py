@@ -1,8 +1,12 @@
 """One transformer block: attention, then an MLP, each a branch off the residual stream.
 
-The stream runs straight through; a branch reads a normalised copy of it and adds what it
-found ("pre-norm", section 2.3 of the GPT-2 paper). That leaves a path for the gradient from
-the loss to every layer with nothing but additions on it.
+    x = x + attention(ln_1(x))    positions exchange what they know
+    x = x + mlp(ln_2(x))          each position works on what it has        x: [B, T, D]
+
+Vaswani et al., 2017 (section 3.1) normalised after the addition. GPT-2 normalises what a branch
+reads, and once more after the last block ("pre-norm", section 2.3 of its paper). The stream runs
+straight through: the gradient has a path from the loss to every layer with nothing but additions
+on it.
 """
 
 from collections.abc import Callable
@@ -62,7 +66,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class MLP(nn.Module):
-    """Two linear layers with a nonlinearity between: each position thinks by itself."""
+    """Two linear layers with a nonlinearity between: each position thinks by itself.
+
+    gelu(x W_1 + b_1) W_2 + b_2 with W_1 [D, F], W_2 [F, D] and, as a rule, F = 4 D: Vaswani et al.,
+    2017, section 3.3, with GPT-1's GELU for the ReLU. Two thirds of a block's weights are here,
+    8 D^2 of 12 D^2.
+    """
 
     config: GPT2Config
     dtype: DTypeLike

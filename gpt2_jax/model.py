@@ -2,6 +2,10 @@
 
     tokens -> wte[token] + wpe[position] -> h_0 ... h_{L-1} -> ln_f -> logits
 
+Both tables are learned, tokens (section 2.2 of the GPT-2 paper) and positions (as in GPT-1), and
+added as they are, without the sqrt(D) and the sinusoids of Vaswani et al., 2017 (3.4, 3.5). The
+head is wte once more: a token's logit is the product of the last feature and its embedding.
+
 The parameter tree is named as Hugging Face names its weights, with "." turned into "_" where a
 number follows, and every array is stored as there; converting is renaming:
 
@@ -127,6 +131,7 @@ class GPT2(nn.Module):
             positions_BTD = self.wpe(start_B[:, None] + jnp.arange(T)[None, :])
         else:
             positions_BTD = self.wpe.first_rows(T)[None]
+        # The residual stream begins: what the token is, plus where it stands.
         x_BTD = self.wte(tokens_BT) + positions_BTD
         x_BTD = self.drop(x_BTD, deterministic=deterministic)
         layers = []
@@ -181,10 +186,11 @@ def head_table(params: Params | AdaptedParams, config: GPT2Config) -> jax.Array:
 
 
 def init_params(config: GPT2Config, key: jax.Array) -> Params:
-    """Draws the initial parameters, all float32, as the GPT-2 paper and its code do.
+    """Draws the initial parameters, all float32.
 
-    Weights are normal with `initializer_range`, those that end a residual branch divided by
-    sqrt(2L); biases are zero, layer norm scales one.
+    Weights are normal with `initializer_range`, as GPT-1's; those that end a residual branch are
+    divided by sqrt(2L) (GPT-2 paper, section 2.3). Biases are zero, layer norm scales one.
+    Positions are drawn like tokens, as by Hugging Face.
     """
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     return GPT2(config).init(key, tokens_BT)["params"]
