@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax.attention import CausalSelfAttention, choose_implementation, empty_cache
+from gpt2_jax.blocked_attention import blocked_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import GPT2
 
@@ -149,3 +150,19 @@ def test_blocks_are_chosen_on_a_cpu_and_not_where_probabilities_are_dropped():
     assert "blocked_attention" in program()
     dropped = program(deterministic=False, rngs={"dropout": jax.random.key(1)})
     assert "blocked_attention" not in dropped
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_of_many_layers_are_not_held_at_once(dtype):
+    """The backward pass computes scores again, and each layer's when it is their turn."""
+    B, T, H, K, layers = 1, 512, 4, 16, 8
+
+    def value(x_BHTK):
+        for _ in range(layers):
+            x_BHTK = blocked_attention(x_BHTK, x_BHTK, x_BHTK, jnp.dtype(dtype))
+        return x_BHTK.astype(jnp.float32).sum()
+
+    x_BHTK = jnp.zeros((B, H, T, K), dtype)
+    memory = jax.jit(jax.grad(value)).lower(x_BHTK).compile().memory_analysis()
+    scores_of_a_layer = B * H * T * T * 4
+    assert memory.temp_size_in_bytes < layers / 2 * scores_of_a_layer
