@@ -28,6 +28,7 @@ def load_pretrained(
 
     Args:
       source: one of
+
         - a size, "gpt2" to "gpt2-xl": from `openai-community` on the hub, through its cache
           (HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are honoured); for "gpt2" without a revision
           `data/gpt2_weights.pt` comes first, if there is one;
