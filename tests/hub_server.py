@@ -105,17 +105,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
+    files = FILES
 
     def do_HEAD(self):
         self.server.requests.append((self.command, self.path, self.headers["Range"]))
         parts = self.path.strip("/").split("/")
         site, repo, _, revision, name = parts if len(parts) == 5 else [""] * 5
         revision = REVISIONS.get(revision, revision)
-        files = FILES.get((repo, revision))
+        files = self.files.get((repo, revision))
         if revision in REFUSALS:
             self.reply(*REFUSALS[revision])
         elif files is None:
-            known = any(repo == key[0] for key in FILES)
+            known = any(repo == key[0] for key in self.files)
             self.reply(404, {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"})
         elif name not in files:
             self.reply(404, {"X-Error-Code": "EntryNotFound"})
@@ -144,7 +145,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         """The file or the rest of it that is asked for, with the revision's fault."""
         size, end = len(body), len(body)
         start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "bytes=0-")[1])
-        so_far = [command for command, path, _ in self.server.requests if path == self.path]
+        so_far = [command for command, path, *_ in self.server.requests if path == self.path]
         at_fault = name == (WEIGHTS if revision != "altered-config" else "config.json")
         fault = revision if at_fault and so_far.count("HEAD") < 2 else ""
         if fault == "altered":
