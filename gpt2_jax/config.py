@@ -16,44 +16,52 @@ import math
 from gpt2_jax.errors import UserError
 
 ACTIVATION_FUNCTIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu", "tanh")
+"""Names that `GPT2Config.activation_function` takes, Hugging Face's. gelu_new and
+gelu_pytorch_tanh are the same tanh approximation; gelu is exact."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Hyperparameters of one GPT-2.
+    """Hyperparameters of one GPT-2; the defaults make the smallest published one, 124M.
+
+    What the GPT-2 paper leaves as it was in GPT-1 is from Radford et al., 2018, section 4.1: heads
+    of width 64, the width of the MLP, GELU, dropout, the standard deviation of the weights.
 
     Raises:
       UserError: if a value is out of its range, or `n_embd` is not a multiple of `n_head`.
     """
 
     vocab_size: int = 50257
-    """number of tokens: 256 bytes + 50,000 BPE merges + <|endoftext|>"""
+    """V, number of tokens: 256 bytes + 50,000 BPE merges + <|endoftext|> (GPT-2 paper, 2.3)"""
     n_positions: int = 1024
-    """context length: the number of learned position embeddings"""
+    """context length in tokens, the number of learned position embeddings (GPT-2 paper, 2.3)"""
     n_embd: int = 768
-    """width D of the residual stream"""
+    """width D of the residual stream, a multiple of n_head (GPT-2 paper, table 2)"""
     n_layer: int = 12
-    """number of blocks L"""
+    """number of blocks L (GPT-2 paper, table 2)"""
     n_head: int = 12
-    """attention heads H in each block; each has width K = n_embd / n_head"""
+    """attention heads H in each block, each of width K = n_embd / n_head: 64 in every published
+    size"""
     n_inner: int | None = None
-    """hidden width F of the MLP; None means 4 * n_embd"""
+    """hidden width F of the MLP; None means 4 * n_embd, as GPT-1"""
     activation_function: str = "gelu_new"
-    """nonlinearity of the MLP; gelu_new is GPT-2's tanh approximation of the GELU"""
+    """nonlinearity of the MLP: gelu_new, gelu_pytorch_tanh, gelu, relu, silu or tanh; gelu_new is
+    GPT-2's tanh approximation of the GELU"""
     layer_norm_epsilon: float = 1e-5
-    """added to the variance in every layer norm"""
+    """added to the variance in every layer norm, above 0"""
     initializer_range: float = 0.02
-    """standard deviation of the initial weights"""
+    """standard deviation of the initial weights; those that end a residual branch have this
+    divided by sqrt(2 n_layer) (GPT-2 paper, 2.3)"""
     embd_pdrop: float = 0.1
-    """dropout probability after the embeddings"""
+    """dropout probability after the embeddings, in [0, 1); only while training"""
     attn_pdrop: float = 0.1
-    """dropout probability on the attention probabilities"""
+    """dropout probability on the attention probabilities, in [0, 1)"""
     resid_pdrop: float = 0.1
-    """dropout probability at the end of each residual branch"""
+    """dropout probability at the end of each residual branch, in [0, 1)"""
     tie_word_embeddings: bool = True
-    """whether the output head is the token embedding itself"""
+    """whether the output head is the token embedding itself, as in every published size"""
     eos_token_id: int | None = 50256
-    """the token that ends a text; None if the vocabulary has none"""
+    """id of the token that ends a text, <|endoftext|>; None if the vocabulary has none"""
     pad_vocab_size_multiple: int = 1
     """round the embedding's rows up to this multiple for speed (64 makes 50257 into 50304)"""
 
@@ -137,6 +145,8 @@ SIZES = {
     "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
 }
+"""The four published sizes by Hugging Face's names: 124M, 355M, 774M and 1558M parameters (table 2
+of the paper; its own counts are smaller). All have 64-wide heads and a context of 1,024 tokens."""
 
 
 def config_for_size(name: str) -> GPT2Config:

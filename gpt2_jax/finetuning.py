@@ -11,6 +11,7 @@ from typing import NamedTuple
 from gpt2_jax import experiment
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
+from gpt2_jax.evaluation.perplexity import number_text
 from gpt2_jax.interop.peft import save_adapter
 from gpt2_jax.interop.peft_write import check_output
 from gpt2_jax.lora import lora_shapes
@@ -85,8 +86,9 @@ def finetune(
 def describe(adapter: Adapter) -> str:
     """What became of the loss, in one line."""
     before, after = adapter.losses.get(0), adapter.losses[adapter.step]
-    text = f"validation loss {after:.4f} (perplexity {math.exp(after):.2f}) at step {adapter.step}"
+    perplexity = number_text(math.exp(after))
+    text = f"validation loss {after:.4f} (perplexity {perplexity}) at step {adapter.step}"
     if before is None:
         return text
-    text += f", the base's {before:.4f} ({math.exp(before):.2f})"
+    text += f", the base's {before:.4f} ({number_text(math.exp(before))})"
     return text if after < before else f"{text}: no better, so the adapter is of no use"

@@ -33,6 +33,8 @@ from gpt2_jax.layers import Embedding, LayerNorm
 from gpt2_jax.packed import PackedParams
 
 Params = dict[str, Any]
+"""A parameter tree: nested dicts, named as the module's docstring lists them, with array leaves.
+`init_params` makes one, float32; `load_pretrained` reads one."""
 
 
 class AdaptedParams(NamedTuple):
@@ -53,12 +55,17 @@ matrix products, the rest computed again; the block's input alone (Chen et al., 
 class GPT2(nn.Module):
     """The language model of Radford et al., 2019.
 
-    >>> model = GPT2(GPT2Config())
-    >>> params = init_params(model.config, jax.random.key(0))
-    >>> logits_BTV = apply(model, params, tokens_BT)
+    Examples:
+      >>> model = GPT2(GPT2Config(n_embd=64, n_layer=2, n_head=2))
+      >>> params = init_params(model.config, jax.random.key(0))
+      >>> tokens_BT = jnp.array([[15496, 11, 616, 1438, 318]])  # "Hello, my name is"
+      >>> logits_BTV = apply(model, params, tokens_BT)
+      >>> logits_BTV.shape
+      (1, 5, 50257)
     """
 
     config: GPT2Config
+    """the architecture's hyperparameters"""
     dtype: DTypeLike = jnp.float32
     """compute dtype, see `gpt2_jax.precision`"""
     implementation: Implementation | None = None

@@ -138,6 +138,7 @@ def _generate(flags: Generate) -> dict[str, Any]:
 
     from gpt2_jax.benchmarks.figures import Load
     from gpt2_jax.benchmarks.generation import measure_generation
+    from gpt2_jax.benchmarks.model_files import weights_text
     from gpt2_jax.benchmarks.report import print_generation
 
     # Its scratch directory is of gigabytes, and must not stay when `timeout` ends it.
@@ -153,8 +154,7 @@ def _generate(flags: Generate) -> dict[str, Any]:
             script=Path(__file__).with_name("generate.py") if flags.shell else None,
             report=status.update,
         )
-    console = Console(highlight=False)
-    weights = flags.source or f"{flags.model or 'gpt2'} with random weights"
+    console, weights = Console(highlight=False), weights_text(flags.source, flags.model)
     console.print(f"{weights}, {threads} threads, medians of {flags.rounds} rounds\n")
     print_generation(console, figures)
     return {"rounds": flags.rounds, "threads": threads, **figures.to_json()}
@@ -190,6 +190,7 @@ def _hellaswag(flags: HellaSwag) -> dict[str, Any]:
 
     from gpt2_jax.benchmarks.hellaswag import measure_hellaswag, padding
     from gpt2_jax.benchmarks.hellaswag_report import padding_lines, print_hellaswag
+    from gpt2_jax.benchmarks.model_files import weights_text
 
     with Console(stderr=True).status("starting") as status:
         measured = [
@@ -206,8 +207,7 @@ def _hellaswag(flags: HellaSwag) -> dict[str, Any]:
             )
             for dtype in dict.fromkeys(flags.dtype)
         ]
-    console = Console(highlight=False)
-    weights = flags.source or f"{flags.model or 'gpt2'} with random weights"
+    console, weights = Console(highlight=False), weights_text(flags.source, flags.model)
     rounds = f"medians of {flags.rounds} rounds of {len(chosen):,} items"
     console.print(f"{weights}, {threads} threads, {rounds}\n", soft_wrap=True)
     print_hellaswag(console, measured)

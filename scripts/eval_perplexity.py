@@ -188,7 +188,7 @@ def _print(flags: Flags, protocol: "Protocol", figures: "list[Figures]", seconds
     from rich.table import Table
     from rich.text import Text
 
-    from gpt2_jax.evaluation.perplexity import total
+    from gpt2_jax.evaluation.perplexity import number_text, total
 
     sys.stdout.reconfigure(errors="replace")  # letters of names that the terminal lacks
     print(f"perplexity, {TITLES[protocol.name]}")
@@ -203,20 +203,11 @@ def _print(flags: Flags, protocol: "Protocol", figures: "list[Figures]", seconds
         table.add_column(column, justify="right", no_wrap=True)
     shown, others = figures[: flags.documents], figures[flags.documents :]
     for one in [*shown, total(f"{len(others):,} more", others)] if others else shown:
-        table.add_row(Text(one.name), *map(_number, one.values().values()))
+        table.add_row(Text(one.name), *map(number_text, one.values().values()))
     Console(width=None if sys.stdout.isatty() else 80).print(table)
     for name, value in total("total", figures).values().items():
-        print(f"{name.replace('_', ' '):17}{_number(value)}")
+        print(f"{name.replace('_', ' '):17}{number_text(value)}")
     print(f"seconds          {seconds:.1f}")
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "n/a"
-    if isinstance(value, int):
-        return f"{value:,}"
-    digits = ",.4f" if value < 100 else ",.2f" if value < 1e6 else ".4g"
-    return f"{value:{digits}}"
 
 
 def _facts(

@@ -154,7 +154,7 @@ def main() -> None:
     if adapter is not None:
         print(describe(adapter))
         print(f"adapter: {adapter.directory}, {adapter.size:,} bytes; use it with")
-        _advise(flags, path, theirs, adapter.directory)
+        _advise(flags, path, theirs, adapter.directory, config)
 
 
 def _hugging_face_name(place: "Place") -> str | None:
@@ -222,13 +222,18 @@ def _settings(
     )
 
 
-def _advise(flags: Flags, path: str, theirs: str | None, directory: Path) -> None:
+def _advise(
+    flags: Flags, path: str, theirs: str | None, directory: Path, config: GPT2Config
+) -> None:
     """Says what can be done with the adapter, in commands that can be copied."""
+    from gpt2_jax.generation.text_stream import speaks_gpt2
+
     names = ("source", "model", "weights", "revision")
     given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     source = " ".join(f"--{name} {shlex.quote(value)}" for name, value in given.items())
     lora = f"--lora {shlex.quote(str(directory))}"
-    print(f"  python scripts/generate.py {source} {lora}")
+    prompt = "Once" if speaks_gpt2(config) else "0"  # a token id, where there is no text
+    print(f"  python scripts/generate.py {source} {lora} --prompt {prompt}")
     print(f"  python scripts/compare_outputs.py {source} {lora} --data {shlex.quote(path)}")
     if theirs is None:
         print(f"  python scripts/export_hf.py {source} --output DIR   # a base that PEFT opens")

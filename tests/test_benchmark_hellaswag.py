@@ -14,6 +14,7 @@ from gpt2_jax.benchmarks import hellaswag as module
 from gpt2_jax.benchmarks.hellaswag import HellaSwagFigures, Measured, measure_hellaswag, padding
 from gpt2_jax.benchmarks.hellaswag_report import LEGEND, padding_lines, speed_table
 from gpt2_jax.benchmarks.hellaswag_scorers import PROTOCOL, TITLES
+from gpt2_jax.benchmarks.model_files import weights_text
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.evaluation.hellaswag import make_hellaswag, question
 from gpt2_jax.evaluation.hellaswag_items import Item
@@ -165,6 +166,21 @@ def test_the_table_fits_a_terminal() -> None:
     lines = padding_lines(padding(ITEMS, 64, 2))
     assert len(lines) == 6
     assert max(map(len, [*LEGEND.splitlines(), *lines])) <= 80
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "expected"),
+    [
+        (None, None, "gpt2 with random weights"),
+        (None, "gpt2-xl", "gpt2-xl with random weights"),
+        ("gpt2", None, "gpt2 with pretrained weights"),
+        ("pretrained", None, "gpt2 with pretrained weights"),
+        ("pretrained", "gpt2-xl", "gpt2-xl with pretrained weights"),
+        ("runs/demo", None, "runs/demo"),
+    ],
+)
+def test_the_weights_are_named(source: str | None, model: str | None, expected: str) -> None:
+    assert weights_text(source, model) == expected
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from doors import SCRIPTS, Door
 from gpt2_jax import experiment
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.errors import UserError
-from gpt2_jax.finetuning import describe, finetune
+from gpt2_jax.finetuning import Adapter, describe, finetune
 from gpt2_jax.interop.export import export_model
 from gpt2_jax.interop.peft import load_adapter
 from gpt2_jax.lora import adapt, init_lora, lora_shapes, merge
@@ -282,6 +283,13 @@ def test_an_adapter_needs_weights_to_lie_beside(settings):
         dataclasses.replace(settings, init_from=None)
 
 
+def test_what_became_of_the_loss_is_told_as_evaluations_tell_it(tmp_path):
+    told = describe(Adapter(tmp_path, 4, {0: 10.8184, 4: 3.0}, 0))
+    assert told == (
+        "validation loss 3.0000 (perplexity 20.0855) at step 4, the base's 10.8184 (49,931.13)"
+    )
+
+
 # The script.
 
 
@@ -305,8 +313,13 @@ def test_from_a_text_to_an_adapter_that_generates_also_when_killed(door, place, 
     code, out, _ = door("finetune_lora", *flags(place, "still"))
     assert code == 0
     assert "training 128 parameters beside the 403,944 frozen ones of " in out
-    assert f"--source {place / 'base'} --lora still/adapter" in out
     assert "peft.PeftModel.from_pretrained" in out
+    [advised] = [line for line in out.splitlines() if "scripts/generate.py" in line]
+    python, script, *advised_flags = shlex.split(advised)
+    assert (python, script) == ("python", "scripts/generate.py")
+    assert advised_flags[:4] == ["--source", str(place / "base"), "--lora", "still/adapter"]
+    code, text, err = door("generate", *advised_flags, "--max_new_tokens", 3)
+    assert (code, text.startswith("Once"), err) == (0, True, "")
     command = [sys.executable, SCRIPTS / "finetune_lora.py", *flags(place, "killed")]
     with subprocess.Popen([*map(str, command)], cwd=tmp_path) as process:
         checkpoint = tmp_path / "killed" / "checkpoints" / "8" / "manifest.json"
@@ -328,11 +341,6 @@ def test_from_a_text_to_an_adapter_that_generates_also_when_killed(door, place, 
         for run in ("killed", "still")
     ]
     assert runs[0] == runs[1]
-    code, out, _ = door(
-        "generate", "--source", place / "base", "--lora", "still/adapter", "--prompt", "the",
-        "--max_new_tokens", 3, "--greedy",
-    )  # fmt: skip
-    assert (code, out.startswith("the")) == (0, True)
     stored = json.loads((tmp_path / "still" / "config.json").read_text())
     assert stored["lora"]["rank"] == 2
 

@@ -187,7 +187,10 @@ def test_an_unfinished_dataset_is_not_mixed_with_another(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "data", stopping_after(20))
     before = contents(tmp_path / "data.partial")
-    with pytest.raises(UserError, match=r"begun with shard_tokens=100, not shard_tokens=70; give"):
+    remedy = "give the same to go on, another --output, or --overwrite to begin anew"
+    with pytest.raises(
+        UserError, match=rf"begun with shard_tokens=100, not shard_tokens=70; {remedy}"
+    ):
         make(tmp_path / "data", shard_tokens=70)
     assert contents(tmp_path / "data.partial") == before
     make(tmp_path / "data", shard_tokens=70, overwrite=True)

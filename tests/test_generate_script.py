@@ -340,6 +340,13 @@ def test_explain_shows_a_table_beside_the_text(door, model_dir):
     assert err.count("%") >= 2 * 3 * 3
 
 
+def test_explain_gives_each_token_one_line_where_it_is_piped(door, model_dir):
+    flags = ("--source", model_dir, "--max_new_tokens", 3, "--prompt", "one")
+    code, _, err = door("generate", *flags, "--explain", "--alternatives", 12)
+    assert code == 0
+    assert [line.count("%") for line in err.splitlines()] == [0, 0, 13, 13, 13, 0]
+
+
 def test_html_is_a_page_about_all_samples(door, model_dir, tmp_path):
     flags = ("--source", model_dir, "--max_new_tokens", 3, "--prompt", "one", "--num_samples", 2)
     code, out, err = door("generate", *flags, "--html", "page.html")

@@ -26,6 +26,7 @@ from gpt2_jax.generation.inspector import (
     percent,
     token_table,
     visible,
+    width_of_lines,
 )
 from gpt2_jax.generation.inspector_page import inspector_page, write_page
 
@@ -212,6 +213,15 @@ def test_the_table_keeps_to_the_width_and_loses_no_token(width):
     first_column = "".join(line[: header.index("prob") - 1] for line in lines)
     letters = "".join(re.findall(r"[a-z]", first_column.split("token", 1)[1]))
     assert letters.startswith(long)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 20])
+def test_where_there_is_room_each_token_is_a_line(count):
+    rivals = [(f" long rival{n}", 0.02) for n in range(count)]
+    text = ExplainedText("p" * 500, (token("x" * 24, 1e-9, rivals, 99), token("y", 1.0, rivals)))
+    lines = printed(text, width_of_lines(text)).splitlines()
+    assert len(lines) == 5  # the prompt, the header, the tokens, the figures
+    assert [line.count("rival") for line in lines[2:4]] == [count, count]
 
 
 def test_colours_go_to_a_terminal_only():

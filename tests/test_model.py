@@ -1,6 +1,7 @@
 """The model as a function: causal, row by row, with the parameters Hugging Face names."""
 
 import dataclasses
+import doctest
 import functools
 import math
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from gpt2_jax import model as model_module
 from gpt2_jax.block import ACTIVATIONS, MLP
 from gpt2_jax.config import ACTIVATION_FUNCTIONS
 from gpt2_jax.model import GPT2, init_params, param_shapes
@@ -22,6 +24,12 @@ init = jax.jit(init_params, static_argnums=0)
 @functools.partial(jax.jit, static_argnums=0, static_argnames="deterministic")
 def apply(config, params, tokens_BT, **options):
     return GPT2(config).apply({"params": params}, tokens_BT, **options)
+
+
+def test_the_examples_of_the_docstrings_show_what_they_print():
+    found = doctest.testmod(model_module)
+    assert found.attempted >= 5
+    assert found.failed == 0
 
 
 def test_future_tokens_do_not_change_the_past(tiny_config, tiny_params):

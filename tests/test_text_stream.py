@@ -211,7 +211,7 @@ def test_the_token_that_ends_a_text_is_not_shown():
 
 @pytest.mark.parametrize(
     ("terminal", "expected"),
-    [(False, "a\x1b[2J\x9b\tb\u00a0\r\nc\n"), (True, "a\ufffd[2J\ufffd\tb\u00a0\ufffd\nc\n")],
+    [(False, "a\x1b[2J\x9b\tb\u00a0\r\nc\n"), (True, "a\\x1b[2J\\x9b\tb\u00a0\\x0d\nc\n")],
 )
 def test_a_terminal_is_not_given_orders(terminal, expected):
     screen = Screen(terminal=terminal)

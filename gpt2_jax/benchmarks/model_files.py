@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from gpt2_jax.benchmarks.engines import ModelFiles
-from gpt2_jax.config import GPT2Config, config_for_size
+from gpt2_jax.config import SIZES, GPT2Config, config_for_size
 from gpt2_jax.interop.export import write_model_files
 from gpt2_jax.interop.model_directory import CONFIG
 from gpt2_jax.interop.pretrained import read_config
 from gpt2_jax.model import Params, param_shapes
-from gpt2_jax.sources import load_source
+from gpt2_jax.sources import PRETRAINED, load_source
 
 # Wide enough for the likeliest token to change from position to position, as in a trained model;
 # freshly initialised ones repeat one token, and then an engine that goes wrong can look right.
@@ -37,6 +37,15 @@ def write_model(directory: Path, source: str | None, model: str | None) -> Model
         params, config = load_source(source, model=model)
     write_model_files(directory, params, dataclasses.replace(config, eos_token_id=None))
     return ModelFiles(directory, read_config(directory / CONFIG))
+
+
+def weights_text(source: str | None, model: str | None) -> str:
+    """Which weights `write_model` takes for these arguments, in a few words."""
+    if source is None:
+        return f"{model or 'gpt2'} with random weights"
+    if source == PRETRAINED or source in SIZES:
+        return f"{model or (source if source in SIZES else 'gpt2')} with pretrained weights"
+    return source
 
 
 def random_params(config: GPT2Config) -> Params:

@@ -135,7 +135,7 @@ def _begun(partial: Path, origin: dict[str, Any], overwrite: bool) -> Shards:
         if not overwrite:
             raise UserError(
                 f"{partial} was begun with {_difference(description.get('origin'), origin)}; "
-                f"give the same to go on, or --overwrite to begin anew"
+                f"give the same to go on, another --output, or --overwrite to begin anew"
             )
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -30,6 +30,16 @@ from gpt2_jax.model import AdaptedParams, Params
 from gpt2_jax.tokenizer import VOCAB_SIZE, token_bytes
 
 
+def number_text(value: float | None) -> str:
+    """A count, a loss or a perplexity as all reports print it; None is "n/a"."""
+    if value is None:
+        return "n/a"
+    if isinstance(value, int):
+        return f"{value:,}"
+    digits = ",.4f" if value < 100 else ",.2f" if value < 1e6 else ".4g"
+    return f"{value:{digits}}"
+
+
 class Window(NamedTuple):
     """Of a document's tokens, `begin` to `start` are context and `start` to `end` are scored."""
 

@@ -25,7 +25,9 @@ LEVELS = (("50% or more", 0.5), ("20 to 50%", 0.2), ("5 to 20%", 0.05), ("1 to 5
 # Blue to orange, which all kinds of colour vision tell apart; with black text on any terminal.
 _COLOURS = ("#9cc9ec", "#d3e6f5", "#f6eccb", "#f9cf8c", "#f0975a")
 _PROMPT_SHOWN = 60
+_WIDEST_TOKEN = 24
 _WIDEST_ALTERNATIVE = 22
+_WIDEST_NUMBER = 7
 _GAP = 2
 
 
@@ -167,6 +169,13 @@ def rank_text(token: ExplainedToken) -> str:
     return str(token.rank or f">{len(token.alternatives)}")
 
 
+def width_of_lines(text: ExplainedText) -> int:
+    """How wide a console must be for `token_table` to give each token one line; 80 at least."""
+    numbers = 3 * (_WIDEST_NUMBER + _GAP)
+    alternatives = max((len(token.alternatives) for token in text.tokens), default=0)
+    return max(80, _WIDEST_TOKEN + _GAP + numbers + alternatives * (_WIDEST_ALTERNATIVE + _GAP))
+
+
 def token_table(text: ExplainedText) -> Table:
     """The text as a table for `rich.console.Console.print`, fit for 80 columns.
 
@@ -183,7 +192,7 @@ def token_table(text: ExplainedText) -> Table:
         pad_edge=False,
         padding=(0, _GAP, 0, 0),
     )
-    table.add_column("token", overflow="fold", max_width=24)
+    table.add_column("token", overflow="fold", max_width=_WIDEST_TOKEN)
     for name in ("prob", "rank", "bits"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("likeliest tokens")

@@ -43,11 +43,14 @@ def print_table(sample: Sample, notation: Notation) -> None:
     """Prints a sample's tokens with their probabilities to stderr."""
     from rich.console import Console
 
-    from gpt2_jax.generation.inspector import explain, token_table
+    from gpt2_jax.generation.inspector import explain, token_table, width_of_lines
 
     sys.stdout.flush()
     text = explain(notation.decode(sample.prompt), sample.new, ids=notation.ids)
-    Console(stderr=True).print(token_table(text))
+    console = Console(stderr=True)
+    if not sys.stderr.isatty():
+        console.width = width_of_lines(text)  # in a file or a pipe a token is a line
+    console.print(token_table(text))
 
 
 def write_samples_page(

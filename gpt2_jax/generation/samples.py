@@ -12,9 +12,11 @@ if TYPE_CHECKING:  # the decoder imports JAX, which takes a second
     from gpt2_jax.generation.decode import NewToken
 
 # Control characters but for tab and newline: a terminal would obey them.
-_CONTROL = dict.fromkeys(
-    {*range(0x20), *range(0x7F, 0xA0)} - {0x09, 0x0A}, "\N{REPLACEMENT CHARACTER}"
-)
+_CONTROL = {
+    code: f"\\x{code:02x}"
+    for code in (*range(0x20), *range(0x7F, 0xA0))
+    if code not in (0x09, 0x0A)
+}
 
 
 def in_order(tokens: Iterable["NewToken"]) -> Iterator["NewToken"]:
@@ -45,10 +47,10 @@ def next_row(tokens: Iterator["NewToken"]) -> Iterator["NewToken"]:
 def write_growing(
     out: TextIO, prompt: Sequence[int], tokens: Iterable["NewToken"], notation: Notation
 ) -> list["NewToken"]:
-    """Writes the text of a row as it is made, its prompt first, and a newline after it.
+    r"""Writes the text of a row as it is made, its prompt first, and a newline after it.
 
     Only whole characters are written, and <|endoftext|> is not, where it ends the text. A
-    terminal gets U+FFFD for control characters.
+    terminal gets control characters escaped, such as \x1b; a file or a pipe gets them as they are.
 
     Returns:
       The tokens.
