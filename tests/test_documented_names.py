@@ -18,6 +18,9 @@ OF_OTHERS = {
     "--list": "tests/documented_commands.py",
     "--nproc_per_node": "torchrun",
     "--signal": "sbatch",
+    "--xla_cpu_experimental_ynn_fusion_type": "XLA",
+    "--xla_cpu_use_onednn": "XLA",
+    "--xla_cpu_use_xnnpack": "XLA",
     "--xla_disable_hlo_passes": "XLA",
     "--xla_gpu_deterministic_ops": "XLA",
 }
