@@ -8,10 +8,9 @@ through it from end to end.
 Hardware: all GPUs at hand, by the same command; eight take a step in one pass of 8 x 64
 sequences, one in eight passes. Lower data.micro_batch_size until it fits, the result stays the
 same.
-Memory: the CPU compiler plans 84 GB a device for 64 sequences a pass (79 on eight devices), 44
-for 32, 23 for 16, 13 for 8 (scripts/benchmark.py memory, jax 0.10.2); 1.5 are parameters and
-moments. A GPU's compiler plans otherwise, which was not measured: ask it by the same command,
-with 80 GB try 32 first.
+Memory: the CPU compiler plans 45 GB a device for 64 sequences a pass (39 on eight devices), 24
+for 32, 13 for 16, 8 for 8 (scripts/benchmark.py memory, jax 0.10.2); 1.5 are parameters and
+moments. A GPU's compiler plans otherwise, which was not measured: ask it by the same command.
 Time, an estimate: 0.855 GFLOP a token x 10e9 tokens = 8.55e18; at 40 % of an H100's 989 TFLOP/s
 21,600 s, 6.0 hours on one and 45 minutes on eight, if they share it out without loss.
 Expected validation loss, not measured here: near 3.2924, which build-nanogpt gives for OpenAI's

@@ -6,7 +6,7 @@
 The recipe of configs/124m.py with the learning rate and the batch, 0.5M tokens, that the GPT-3
 paper (Brown et al., 2020, table 2.1) gives for its 350M model.
 Hardware: all GPUs at hand; lower data.micro_batch_size until it fits, the result stays the same.
-Memory: the CPU compiler plans 115 GB a device for 32 sequences a pass (109 on eight devices), 61
+Memory: the CPU compiler plans 61 GB a device for 32 sequences a pass (55 on eight devices), 34
 for 16 (scripts/benchmark.py memory, jax 0.10.2); 4.3 are parameters and moments. A GPU's was not
 measured.
 Time, an estimate: 2.42 GFLOP a token x 10e9 tokens = 2.42e19; at 40 % of an H100's 989 TFLOP/s

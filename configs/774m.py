@@ -6,7 +6,7 @@
 The recipe of configs/124m.py with the learning rate and the batch, 0.5M tokens, that the GPT-3
 paper (Brown et al., 2020, table 2.1) gives for its 760M model.
 Hardware: all GPUs at hand; lower data.micro_batch_size until it fits, the result stays the same.
-Memory: the CPU compiler plans 117 GB a device for 16 sequences a pass (111 on eight devices), 66
+Memory: the CPU compiler plans 66 GB a device for 16 sequences a pass (60 on eight devices), 41
 for 8 (scripts/benchmark.py memory, jax 0.10.2); 9.3 are parameters and moments. A GPU's was not
 measured.
 Time, an estimate: 5.20 GFLOP a token x 10e9 tokens = 5.20e19; at 40 % of an H100's 989 TFLOP/s
