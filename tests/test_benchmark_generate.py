@@ -279,6 +279,7 @@ def test_the_first_word_is_what_follows_the_prompt(
         assert (tmp_path / "cache.made").read_text() == "xx"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hf-f32", "ct2-f32", "llama-f32"])
 def test_others_continue_as_we_do(
     name, tmp_path: Path, tiny_params: Params, tiny_config: GPT2Config

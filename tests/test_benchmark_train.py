@@ -80,6 +80,7 @@ def jax_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     matmul_peak._product.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": False}, {"pad_vocab_size_multiple": 64}]
 )
@@ -102,6 +103,7 @@ def test_plain_flax_is_ours(load: TrainLoad, changes: dict) -> None:
         assert error < 1e-5, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_plain_flax_accumulates(load: TrainLoad) -> None:
     losses = []
     for micro_batch_size in (4, 2, 1):
@@ -120,6 +122,7 @@ def test_plain_flax_is_left_out_where_it_was_not_written_for(load: TrainLoad) ->
         PlainTrainer(dataclasses.replace(settings, model=relu))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("jax_in_process")
 def test_eager_pytorch_does_the_same_step(load: TrainLoad) -> None:
     skip_without("reference", "hf")

@@ -103,6 +103,7 @@ def test_a_run_may_start_from_a_run(settings, tmp_path):
     assert records(again)[0]["val_loss"] == records(settings)[-1]["val_loss"]
 
 
+@pytest.mark.slow
 def test_samples_and_hellaswag_are_recorded_when_they_are_due(settings, tmp_path):
     questions = tmp_path / "hellaswag.jsonl"
     item = {"ctx": "The dog", "endings": [" runs", " sleeps well", " is", " eats it"], "label": 1}

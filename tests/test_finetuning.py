@@ -87,6 +87,7 @@ def losses(settings, name="val_loss"):
     return [record[name] for record in records(settings) if name in record]
 
 
+@pytest.mark.slow
 def test_only_the_adapter_is_trained_and_it_begins_as_the_base(settings, base):
     adapter = finetune(settings, (base, CONFIG))
     assert adapter is not None
@@ -133,6 +134,7 @@ def test_the_frozen_weights_stay_as_they_were(settings, base):
     jax.tree.map(np.testing.assert_array_equal, engine.frozen, base)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_weights_that_the_adapter_was_merged_into(settings, base):
     settings = dataclasses.replace(settings, lora=dataclasses.replace(settings.lora, dropout=0.0))
     rng, key = np.random.default_rng(3), jax.random.key(1)
@@ -191,6 +193,7 @@ def test_devices_share_the_base_and_change_nothing(settings, base):
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 def test_a_run_that_no_longer_improves_stops_and_stays_so(settings, base, capsys):
     optimizer = dataclasses.replace(settings.optimizer, learning_rate=0.0, final_learning_rate=0.0)
     settings = dataclasses.replace(

@@ -314,6 +314,7 @@ def test_precisions(generate, precision):
     assert len(sample["tokens"]) == 6
 
 
+@pytest.mark.slow
 def test_every_rule_reaches_the_sampling(generate):
     flags = ("--prompt", "one", "--temperature", 3)
     texts = {
@@ -582,6 +583,7 @@ def script(*flags: object, before: str = "") -> list[str]:
     return [sys.executable, "-c", f"import sys; sys.argv = {argv!r}\n{code}"]
 
 
+@pytest.mark.slow
 def test_a_reader_who_has_seen_enough_ends_it_quietly(model_dir):
     command = script("--source", model_dir, "--interactive", "--max_new_tokens", 2)
     process = subprocess.Popen(
@@ -613,6 +615,7 @@ def test_a_full_disk_is_told_in_one_line(model_dir):
     assert process.returncode == 2
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing_and_imports_little(model_dir, tmp_path):
     heavy = {"torch", "transformers", "orbax", "grain", "optax", "matplotlib"}
     command = script(

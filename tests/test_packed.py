@@ -320,6 +320,7 @@ def trained():
     return params, config, tokens[cut:]
 
 
+@pytest.mark.slow
 def test_rounding_costs_a_trained_model_next_to_nothing(trained):
     """On text that it has not seen; `docs/generate.md` has the figures of larger models."""
     costs = rounding_cost(*trained, limit=10_000)

@@ -177,6 +177,7 @@ def test_no_second_process_trains_in_a_directory(tmp_path, other_process):
         pass
 
 
+@pytest.mark.slow
 def test_a_lock_keeps_others_out_and_is_given_back(tmp_path):
     command = [sys.executable, "-c", LOCK, str(tmp_path / "a" / "run")]
 

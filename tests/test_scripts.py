@@ -80,6 +80,7 @@ def test_training_works_from_any_directory(
     assert (elsewhere / "run/metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_cut_short_is_refused(door: Door, dataset: Path, config_file: Path) -> None:
     assert door("train", "--config", config_file)[0] == 0
     for file in (dataset.parents[1] / "run/checkpoints/3/params").rglob("*"):
@@ -125,6 +126,7 @@ def test_a_misspelt_config_key_is_named(door: Door, config_file: Path) -> None:
     assert "line 10" in line
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("dataset")
 def test_a_run_directory_is_never_mixed(door: Door, config_file: Path, tmp_path: Path) -> None:
     assert door("train", "--config", config_file)[0] == 0
@@ -180,6 +182,7 @@ def test_help_shows_the_configs_values(door: Door, config_file: Path) -> None:
     assert "--optimizer.learning_rate FLOAT" in out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("config_file")
 def test_the_benchmark_measures_loop_and_memory_without_data(door: Door, tmp_path: Path) -> None:
     flags = ("--config", "config.py", "--output", "figures.json")
