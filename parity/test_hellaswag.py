@@ -64,6 +64,7 @@ def plain_loss(models: Models, context: list[int], ending: list[int]) -> float:
     return float(losses_E.double().sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_two_hundred_items(
     models: Models, gpt2_tokenizer: Any, items: list[Item], protocol: Protocol, prove: Prove

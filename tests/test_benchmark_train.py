@@ -266,6 +266,7 @@ def door(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.Monk
     return Door(capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("jax_in_process", "tiny_file")
 def test_the_benchmark_at_the_door(
     door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -67,6 +67,7 @@ def records(settings):
     return read_metrics(Path(settings.run_dir) / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_weights_and_takes_their_architecture(settings, source, tmp_path):
     directory, params = source
     settings = dataclasses.replace(settings, init_from=str(directory))

@@ -125,6 +125,7 @@ def test_before_the_first_step_logits_are_the_bases_to_the_last_bit(settings, ba
     np.testing.assert_array_equal(logits_BTV, forward(base, tokens_BT))
 
 
+@pytest.mark.slow
 def test_the_frozen_weights_stay_as_they_were(settings, base):
     engine = make_engine(settings, make_layout(settings), base)
     state = engine.first_state(jax.random.key(0))

@@ -155,6 +155,7 @@ def test_padding_is_never_seen(long_config, long_params):
     assert [a == b for a, b in zip(zeros, changed, strict=True)] == [True, False, True]
 
 
+@pytest.mark.slow
 def test_the_seed_fixes_the_text_whatever_the_batch(long_config, long_params):
     def sample(prompts, seed=5, count=9):
         return generate(

@@ -182,6 +182,7 @@ def test_json_says_all_about_a_sample(generate):
     assert "alternatives" not in samples(generate(*flags, "--json"))[0]
 
 
+@pytest.mark.slow
 def test_json_is_greedy_where_asked(generate):
     (sample,) = samples(generate("--prompt", "one", "--json", "--greedy", "--alternatives", 1))
     assert [[token] for token in sample["tokens"]] == [

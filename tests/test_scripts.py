@@ -49,6 +49,7 @@ def dataset(door: Door, tmp_path: Path) -> Path:
     return tmp_path / "data/text"
 
 
+@pytest.mark.slow
 def test_text_to_shards_to_run_to_samples(door: Door, dataset: Path, config_file: Path) -> None:
     code, out, err = door("train", "--config", config_file, "--steps", 4)
     assert (code, err) == (0, "")
